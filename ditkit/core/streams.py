@@ -1,0 +1,131 @@
+"""Token streams: one token sequence, with everything that travels with its tokens.
+
+A backbone's state between blocks is a dict of named streams (``img``, ``text``, ...). B batch, N tokens, D width,
+A position axes; ``b`` is B or 1.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """Where the tokens of a stream stand, and what they are.
+
+    ``grid`` is None once the tokens are no full row-major grid; ``idx`` says which rows of the whole stream these are
+    (None: all ``total`` of them).
+    """
+
+    coords: Tensor  # (b, N, A) coordinates on the full grid
+    total: int  # tokens of the whole stream
+    grid: tuple[int, ...] | None = None  # (H, W), (T, H, W), ...
+    idx: Tensor | None = None  # (B, N) rows of the whole stream
+    role: Tensor | None = None  # (b, N) integers; None: all 0
+    segment: Tensor | None = None  # (b, N) sample, frame or clip number; None: all 0
+    known: Tensor | None = None  # (b, N) bool, True: given, not to be made; None: none is
+    valid: Tensor | None = None  # (b, N) bool, False: padding; None: no padding
+
+    def take(self, idx: Tensor) -> Layout:
+        """The rows ``idx`` (B, n) of this layout."""
+        whole = idx if self.idx is None else rows(self.idx, idx)
+        picked = [None if u is None else rows(u, idx) for u in (self.role, self.segment, self.known, self.valid)]
+        return Layout(rows(self.coords, idx), self.total, None, whole, *picked)
+
+
+class Stream(NamedTuple):
+    """One token sequence and all that travels with its tokens."""
+
+    x: Tensor  # (B, N, D) tokens
+    layout: Layout
+    c: Tensor | None = None  # (B, 1 | N, E) conditioning; N: one per token (tokens with their own time)
+    rope: tuple[Tensor, Tensor] | None = None  # cos, sin, each (b, N, head width)
+
+    def take(self, idx: Tensor) -> Stream:
+        """Only the tokens ``idx`` (B, n); coordinates, conditioning and position tables follow."""
+        rope = self.rope and (rows(self.rope[0], idx), rows(self.rope[1], idx))
+        c = self.c if self.c is None or self.c.shape[1] == 1 else rows(self.c, idx)
+        return Stream(rows(self.x, idx), self.layout.take(idx), c, rope)
+
+    def put(self, whole: Tensor, part: Tensor | None = None) -> Tensor:
+        """``whole`` (B, total, ...) with the rows of this stream replaced by ``part`` (default: its tokens)."""
+        return put_rows(whole, self.x if part is None else part, self.layout.idx)
+
+    def resize(self, grid: tuple[int, ...], how: str) -> Stream:
+        """The stream on another grid: ``how`` is "mean" (adaptive average pooling) or "nearest"."""
+        old = self.layout
+        if old.grid is None or len(old.grid) > 3:
+            raise ValueError("only a full grid of one to three axes can be resized")
+        pool: Any = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(old.grid) - 1]
+
+        def change(u: Tensor) -> Tensor:
+            maps = u.transpose(1, 2).unflatten(2, old.grid)
+            maps = pool(maps, grid) if how == "mean" else F.interpolate(maps, grid, mode="nearest")
+            return maps.flatten(2).transpose(1, 2).contiguous()
+
+        n = torch.Size(grid).numel()
+        layout = Layout(change(old.coords), n, tuple(grid))
+        c = self.c if self.c is None or self.c.shape[1] == 1 else change(self.c)
+        return Stream(change(self.x), layout, c, self.rope and (change(self.rope[0]), change(self.rope[1])))
+
+
+Streams = dict[str, Stream]
+
+
+def concatenate(*streams: Stream) -> Stream:
+    """One stream after the other along the tokens; what only some of them have is filled in with its meaning of None."""
+    batch = max(len(s.x) for s in streams)
+
+    def cat(parts: list[Tensor | None], fill: float) -> Tensor | None:
+        if all(p is None for p in parts):
+            return None
+        some = next(p for p in parts if p is not None)
+        whole = [some.new_full((1, s.x.shape[1], *some.shape[2:]), fill) if p is None else p for s, p in zip(streams, parts)]
+        return torch.cat([w.expand(batch, *w.shape[1:]) for w in whole], 1)
+
+    axes = max(s.layout.coords.shape[-1] for s in streams)
+    coords = cat([F.pad(s.layout.coords, (0, axes - s.layout.coords.shape[-1])) for s in streams], 0)
+    names = ("role", "segment", "known", "valid")
+    fields = {n: cat([getattr(s.layout, n) for s in streams], n == "valid") for n in names}
+    starts = [sum(s.layout.total for s in streams[:i]) for i in range(len(streams))]
+    idx = None
+    if any(s.layout.idx is not None for s in streams):
+        every = [torch.arange(s.x.shape[1], device=s.x.device)[None] if s.layout.idx is None else s.layout.idx for s in streams]
+        idx = torch.cat([i.expand(batch, -1) + start for i, start in zip(every, starts)], 1)
+    assert coords is not None
+    layout = Layout(coords, sum(s.layout.total for s in streams), None, idx, **fields)
+    c = cat([None if s.c is None else s.c.expand(-1, s.x.shape[1], -1) for s in streams], 0)
+    x = torch.cat([s.x.expand(batch, -1, -1) for s in streams], 1)
+    ropes = [s.rope for s in streams]
+    rope = None
+    if any(r is not None for r in ropes):
+        cos, sin = cat([r and r[0] for r in ropes], 1), cat([r and r[1] for r in ropes], 0)
+        assert cos is not None
+        assert sin is not None
+        rope = (cos, sin)
+    return Stream(x, layout, c, rope)
+
+
+def rows(u: Tensor, idx: Tensor) -> Tensor:
+    """Rows ``idx`` (B, n) of ``u`` (b, N, ...) along dim 1."""
+    index = idx.view(*idx.shape, *[1] * (u.dim() - 2)).expand(-1, -1, *u.shape[2:])
+    return u.expand(len(idx), *u.shape[1:]).gather(1, index)
+
+
+def put_rows(whole: Tensor, part: Tensor, idx: Tensor | None) -> Tensor:
+    """``whole`` (B, N, ...) with its rows ``idx`` (B, n) replaced by ``part``; ``part`` itself where idx is None."""
+    if idx is None:
+        return part
+    return whole.scatter(1, idx.view(*idx.shape, *[1] * (part.dim() - 2)).expand_as(part), part)
+
+
+@lru_cache(maxsize=64)
+def grid_layout(grid: tuple[int, ...], device: torch.device | None = None) -> Layout:
+    """The layout of a full row-major grid. Cached: equal grids share one object, and so its masks and tables."""
+    with torch.inference_mode(False):
+        axes = torch.meshgrid(*[torch.arange(n, dtype=torch.float32, device=device) for n in grid], indexing="ij")
+        return Layout(torch.stack(axes, -1).reshape(1, -1, len(grid)), axes[0].numel(), tuple(grid))

@@ -1,0 +1,108 @@
+"""One adaLN-Zero block over one or more streams: DiT with one, MM-DiT with two, each with its own weights.
+
+x_k += g1_k Attn({mod(LN x)})_k        x_k += g2_k MLP_k(mod(LN x_k))        (DiT, section 3.2; SD3, figure 2)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ditkit.core.seams import Attn, Seam
+from ditkit.core.streams import Streams
+
+from .layers import Linear, Mlp, modulate
+
+
+class AdaLNPart(nn.Module):
+    """The weights with which one stream takes part in a block.
+
+    Args:
+        dim, num_heads, mlp_ratio: widths.
+        qk_norm: RMSNorm of queries and keys.
+        writes: False where the stream is only read (the text of SD3's last block): shift and scale, q k v, nothing else.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qk_norm: bool = False, writes: bool = True) -> None:
+        super().__init__()
+        self.num_heads, self.writes = num_heads, writes
+        self.ada = nn.Linear(dim, (6 if writes else 2) * dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm = nn.RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim) if writes else None
+        self.mlp = Mlp(dim, int(dim * mlp_ratio)) if writes else None
+
+    def modulation(self, c: Tensor) -> tuple[Tensor, ...]:
+        """c (B, 1 | N, D) -> shift, scale, gate of the attention, then of the MLP."""
+        return self.ada(F.silu(c)).chunk(6 if self.writes else 2, -1)
+
+    def to_qkv(self, h: Tensor, linear: Linear) -> tuple[Tensor, Tensor, Tensor]:
+        """h (B, N, D) -> q, k, v (B, H, N, d)."""
+        q, k, v = linear("qkv", self.qkv, h).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.q_norm(q), self.k_norm(k), v
+
+
+class AdaLNBlock(nn.Module):
+    """adaLN-Zero over the streams that have a part; the others pass through."""
+
+    branches = ("attn", "mlp")
+
+    def __init__(self, parts: dict[str, AdaLNPart]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict(parts)
+
+    def calls(self, s: Streams) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+        """Its attention calls: name -> (query streams, key streams)."""
+        names = tuple(n for n in self.parts if n in s)
+        return {"attn": (names, names)}
+
+    def projections(self) -> dict[str, nn.Module]:
+        """What the seam ``linear`` is called with: name -> module."""
+        found: dict[str, Any] = {}
+        for k, p in self.parts.items():
+            mine = {"qkv": p.qkv, "proj": p.proj, "fc1": p.mlp and p.mlp.fc1, "fc2": p.mlp and p.mlp.fc2}  # type: ignore[union-attr]
+            found.update({f"{k}.{n}": m for n, m in mine.items() if m is not None})
+        return found
+
+    def forward(self, s: Streams, seam: Seam, kv: Streams | None = None) -> Streams:
+        """One block. ``kv``: streams that give keys and values instead of those of ``s`` (cross-density attention)."""
+        parts: dict[str, AdaLNPart] = {n: p for n, p in self.parts.items() if n in s}  # type: ignore[misc]
+        out = [n for n, p in parts.items() if p.writes]
+        source = {**s, **(kv or {})}
+        mod = {n: p.modulation(s[n].c) for n, p in parts.items()}  # type: ignore[arg-type]
+
+        def on(n: str) -> Linear:
+            return lambda name, module, x: seam.linear(f"{n}.{name}", module, x)
+
+        def attention(h: dict[str, Tensor]) -> dict[str, Tensor]:
+            q, k, v = {}, {}, {}
+            for n, p in parts.items():
+                q[n], k[n], v[n] = p.to_qkv(h[n], on(n))
+                if kv and n in kv:
+                    _, k[n], v[n] = p.to_qkv(modulate(kv[n].x, mod[n][0], mod[n][1]), on(n))
+            call = Attn("attn", q, k, v, {n: s[n].layout for n in q}, {n: source[n].layout for n in q})
+            o = seam.attend(call, s)
+            return {n: on(n)("proj", parts[n].proj, o[n].transpose(1, 2).flatten(2)) for n in out}  # type: ignore[arg-type]
+
+        def mlp(h: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {n: parts[n].mlp(h[n], on(n)) for n in out}  # type: ignore[misc]
+
+        h = {n: modulate(s[n].x, mod[n][0], mod[n][1]) for n in parts}
+        s = seam.residual("attn", attention, h, {n: mod[n][2] for n in out}, s)
+        h = {n: modulate(s[n].x, mod[n][3], mod[n][4]) for n in out}
+        return seam.residual("mlp", mlp, h, {n: mod[n][5] for n in out}, s)
+
+
+class AdaLNHead(nn.Module):
+    """Linear(mod(LN x)): (B, N, D) -> (B, N, P)."""
+
+    def __init__(self, dim: int, out: int) -> None:
+        super().__init__()
+        self.ada, self.proj = nn.Linear(dim, 2 * dim), nn.Linear(dim, out)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.ada(F.silu(c)).chunk(2, -1)
+        return self.proj(modulate(x, shift, scale))

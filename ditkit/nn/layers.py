@@ -1,0 +1,32 @@
+"""Norms, modulation and the MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Linear = Callable[[str, nn.Module, Tensor], Tensor]
+
+
+def plain(name: str, module: nn.Module, x: Tensor) -> Tensor:
+    """The seam ``linear`` where there is none."""
+    return module(x)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """LN(x) (1 + scale) + shift, LN without affine parameters. x (B, N, D), shift and scale (B, 1 | N, D)."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+
+
+class Mlp(nn.Module):
+    """D -> hidden -> D with tanh-approximate GELU."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor, linear: Linear = plain) -> Tensor:
+        return linear("fc2", self.fc2, F.gelu(linear("fc1", self.fc1, x), approximate="tanh"))
