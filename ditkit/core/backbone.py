@@ -225,7 +225,7 @@ class _Segment:
         source = dict((to, start) for start, to in model.skips).get(i)
         skip = self.ids.index(source) if source in self.ids else None
         if source is not None and skip is None:
-            extra["skip"] = self.saved[source]
+            extra["skip"] = {n: u.view_as(u) for n, u in self.saved[source].items()}  # not the same object as the block's input
         masks = self._masks(i, s, extra)
         last = self.ids[-1]
         return Part(model.blocks[i], tuple(layers), masks, extra, skip, any(a == i and b > last for a, b in model.skips))
@@ -260,7 +260,8 @@ def count_graphs(model: Backbone, num_steps: int, active: Any = None) -> int:
 
 def _skip_kind(model: Backbone, i: int, ids: list[int]) -> Hashable:
     source = next((a for a, b in model.skips if b == i), None)
-    return source and (ids.index(source) if source in ids else "outside"), any(a == i and b > ids[-1] for a, b in model.skips)
+    skip = None if source is None else ids.index(source) if source in ids else "outside"
+    return skip, any(a == i and b > ids[-1] for a, b in model.skips)
 
 
 def block_kind(block: nn.Module) -> Hashable:

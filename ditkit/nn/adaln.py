@@ -30,7 +30,7 @@ class AdaLNPart(nn.Module):
         self.num_heads, self.writes = num_heads, writes
         self.ada = nn.Linear(dim, (6 if writes else 2) * dim)
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.q_norm = nn.RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(dim // num_heads, eps=1e-6) if qk_norm and writes else nn.Identity()
         self.k_norm = nn.RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim) if writes else None
         self.mlp = Mlp(dim, int(dim * mlp_ratio)) if writes else None
@@ -57,7 +57,7 @@ class AdaLNBlock(nn.Module):
     def calls(self, s: Streams) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
         """Its attention calls: name -> (query streams, key streams)."""
         names = tuple(n for n in self.parts if n in s)
-        return {"attn": (names, names)}
+        return {"attn": (tuple(n for n in names if self.parts[n].writes), names)}
 
     def projections(self) -> dict[str, nn.Module]:
         """What the seam ``linear`` is called with: name -> module."""
@@ -83,7 +83,7 @@ class AdaLNBlock(nn.Module):
                 q[n], k[n], v[n] = p.to_qkv(h[n], on(n))
                 if kv and n in kv:
                     _, k[n], v[n] = p.to_qkv(modulate(kv[n].x, mod[n][0], mod[n][1]), on(n))
-            call = Attn("attn", q, k, v, {n: s[n].layout for n in q}, {n: source[n].layout for n in q})
+            call = Attn("attn", {n: q[n] for n in out}, k, v, {n: s[n].layout for n in out}, {n: source[n].layout for n in k})
             o = seam.attend(call, s)
             return {n: on(n)("proj", parts[n].proj, o[n].transpose(1, 2).flatten(2)) for n in out}  # type: ignore[arg-type]
 

@@ -1,0 +1,319 @@
+"""Contract tests for every registered backbone, every method on every backbone, and all pairs of methods.
+
+``DITKIT_MATRIX=1`` runs pairs on all backbones instead of the two of ``PAIR_BACKBONES``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ditkit.core import registry
+from ditkit.core.backbone import Backbone, count_graphs
+from ditkit.core.errors import Conflict, DitkitError
+from ditkit.core.method import Method
+from ditkit.core.run import Run
+from ditkit.core.view import with_methods
+
+from .trajectory import STEPS, Counted, relative, sample, steps
+
+PAIR_BACKBONES = ("dit", "two_streams")
+BACKBONES = sorted(registry.entries("backbones"))
+METHODS = [(name, i) for name in sorted(registry.entries("methods")) for i in range(len(registry.get("methods", name).tiny()))]  # type: ignore[attr-defined]
+OFF = [(name, i) for name in sorted(registry.entries("methods")) for i in range(len(registry.get("methods", name).off()))]  # type: ignore[attr-defined]
+PAIRS = [(a, b) for a, b in itertools.combinations(METHODS, 2) if a[0] != b[0] and a[1] == b[1] == 0]
+__all__ = ["TestBackbone", "TestMethod", "TestOff", "TestPair"]
+
+
+@lru_cache
+def tiny(backbone: str) -> Backbone:
+    cls: Any = registry.get("backbones", backbone)
+    return cls.tiny()
+
+
+def make(case: tuple[str, int]) -> Method:
+    """A fresh instance, its learned numbers drawn so that it does something."""
+    cls: Any = registry.get("methods", case[0])
+    return cls.tiny()[case[1]]
+
+
+def view_of(backbone: str, *cases: tuple[str, int]) -> Backbone:
+    """The tiny backbone with these methods. Skips what cannot meet: that a reason is given is a test of its own."""
+    try:
+        view = with_methods(tiny(backbone), *(make(c) for c in cases))
+    except Conflict as reason:
+        pytest.skip(str(reason))
+    return draw(view)
+
+
+def draw(view: Backbone, std: float = 0.1) -> Backbone:
+    """Draw the parameters of the methods, by name, so that the order of attaching plays no part."""
+    for name, p in sorted(view.methods.named_parameters()):
+        if p.is_floating_point():
+            g = torch.Generator().manual_seed(sum(map(ord, name)))
+            p.data.copy_(torch.randn(p.shape, generator=g) * std)
+    return view
+
+
+def label(case: Any) -> str:
+    return f"{case[0]}-{case[1]}" if isinstance(case, tuple) and isinstance(case[0], str) else str(case)
+
+
+class Spy(Method):
+    """Every seam, each calling nxt once; records what it saw."""
+
+    name, exact = "spy", True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, set[str]] = {k: set() for k in ("branch", "update", "attend", "linear", "block", "trunk", "predict")}
+
+    def _see(seam: str) -> Callable[..., Any]:  # type: ignore[misc]
+        def layer(self: Any, nxt: Any, value: Any, where: Any, **kw: Any) -> Any:
+            self.seen[seam].add(str(getattr(where, "branch", "")))
+            return nxt(value, **kw)
+
+        return layer
+
+    branch, update, attend, linear = _see("branch"), _see("update"), _see("attend"), _see("linear")
+    block, trunk, predict = _see("block"), _see("trunk"), _see("predict")
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+class TestBackbone:
+    def test_shape_finite_and_deterministic(self, backbone: str) -> None:
+        model = tiny(backbone)
+        x, t, cond = model.example(3)
+        with torch.no_grad():
+            y = model(x, t, **cond)
+            assert y.shape[0] == 3
+            assert y.shape[2:] == x.shape[2:]
+            assert y.isfinite().all()
+            assert torch.equal(y, model(x, t, model.prepare(**cond)))
+
+    def test_batch_independent(self, backbone: str) -> None:
+        model = tiny(backbone)
+        x, t, cond = model.example(3)
+        with torch.no_grad():
+            whole = model(x, t, **cond)
+            for k in range(3):
+                one = model(x[k : k + 1], t[k : k + 1], **{n: v[k : k + 1] for n, v in cond.items()})
+                assert relative(one, whole[k : k + 1]) < 1e-5
+
+    def test_a_layer_at_every_seam_changes_nothing_and_names_agree(self, backbone: str) -> None:
+        model, spy = tiny(backbone), Spy()
+        assert torch.equal(sample(with_methods(model, spy)), sample(model))
+        blocks: list[Any] = list(model.blocks)
+        assert spy.seen["branch"] == spy.seen["update"] == {n for b in blocks for n in b.branches}
+        assert spy.seen["linear"] == {n for b in blocks for n in b.projections()}
+        x, t, cond = model.example()
+        s = model.embed(x, t, model.prepare(**cond))
+        assert spy.seen["attend"] == {n for b in blocks for n in b.calls(s)}
+
+    def test_projections_are_called_by_their_names(self, backbone: str) -> None:
+        class Check(Method):
+            name = "check"
+
+            def linear(self, nxt: Any, x: Tensor, site: Any) -> Tensor:
+                y = nxt(x)
+                module = modules[site.branch]
+                assert x.shape[-1] == module.in_features
+                assert y.shape[-1] == module.out_features
+                return y
+
+        model = tiny(backbone)
+        modules: dict[str, Any] = {}
+        for b in model.blocks:
+            modules.update(b.projections())  # type: ignore[operator]
+        sample(with_methods(model, Check()), num_steps=1)
+
+    def test_unknown_streams_pass_through(self, backbone: str) -> None:
+        class Extra(Method):
+            name = "extra"
+
+            def trunk(self, nxt: Any, s: Any, run: Run) -> Tensor:
+                return nxt({**s, "unknown": s[run.model.main]})
+
+        model = tiny(backbone)
+        assert torch.equal(sample(with_methods(model, Extra())), sample(model))
+
+    def test_gradients_reach_every_parameter(self, backbone: str) -> None:
+        model = tiny(backbone)
+        x, t, cond = model.example(4)
+        model(x, t, **cond).square().mean().backward()
+        silent = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum() > 0)]
+        model.zero_grad(set_to_none=True)
+        assert not silent
+
+    @pytest.mark.parametrize("grain", ["block", "step"])
+    def test_compiled_equals_eager_and_graphs_are_as_computed(self, backbone: str, grain: str) -> None:
+        compiled_like_eager(tiny(backbone), grain)
+
+    def test_published_sizes_build(self, backbone: str) -> None:
+        cls: Any = registry.get("backbones", backbone)
+        for values in cls.sizes.values():
+            with torch.device("meta"):
+                assert sum(p.numel() for p in cls(**values).parameters()) > 0
+
+    def test_wrong_input_is_named(self, backbone: str) -> None:
+        model = tiny(backbone)
+        x, t, cond = model.example()
+        with pytest.raises(DitkitError, match="x is"):
+            model(torch.cat([x, x], 1), t, **cond)
+
+
+def compiled_like_eager(view: Backbone, grain: str) -> None:
+    """Bit-equal to eager, as many graphs as the schedule says, none added by a second run or other inputs."""
+    torch._dynamo.reset()
+    counted = Counted(view, grain)
+    expected = count_graphs(counted.model, STEPS)
+    assert torch.equal(sample(counted.model), sample(view))
+    assert counted.graphs == expected
+    sample(counted.model, seed=1)
+    assert counted.graphs == expected
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("case", OFF, ids=label)
+class TestOff:
+    def test_off_is_the_base_bit_for_bit(self, backbone: str, case: tuple[str, int]) -> None:
+        cls: Any = registry.get("methods", case[0])
+        try:
+            view = with_methods(tiny(backbone), cls.off()[case[1]])
+        except Conflict as reason:
+            pytest.skip(str(reason))
+        assert torch.equal(sample(view, scale=2.0), sample(tiny(backbone), scale=2.0))
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("case", METHODS, ids=label)
+class TestMethod:
+    def test_it_acts_and_the_base_stays(self, backbone: str, case: tuple[str, int]) -> None:
+        base = tiny(backbone)
+        before = sample(base)
+        view = view_of(backbone, case)
+        after = sample(view)
+        assert after.isfinite().all()
+        assert not torch.equal(after, before)
+        assert torch.equal(sample(base), before)
+        active_none = Run(view, 1, active=())
+        x, t, cond = base.example()
+        if type(view.attached[0]).replace is Method.replace:  # what swaps weights cannot be switched off in its view
+            with torch.no_grad():
+                assert torch.equal(view(x, t, run=active_none, **cond), base(x, t, **cond))
+
+    def test_runs_share_nothing(self, backbone: str, case: tuple[str, int]) -> None:
+        view = view_of(backbone, case)
+        alone = [sample(view, seed=s) for s in (0, 1)]
+        with torch.no_grad():
+            *_, both = zip(steps(view, seed=0), steps(view, seed=1))
+        assert all(torch.equal(a, b) for a, b in zip(alone, both))
+        threads_equal(view, alone)
+
+    def test_nothing_leaks_between_requests(self, backbone: str, case: tuple[str, int]) -> None:
+        """Guided, unguided, guided again, after an exception at step 3: each equals a fresh one (A23)."""
+        view = view_of(backbone, case)
+        guided, plain = sample(view, scale=2.0), sample(view)
+        assert torch.equal(sample(view, scale=2.0), guided)
+        trajectory = steps(view, scale=2.0)
+        with torch.no_grad():
+            for _ in range(3):
+                next(trajectory)
+        del trajectory
+        assert torch.equal(sample(view), plain)
+        assert torch.equal(sample(view, scale=2.0), guided)
+
+    def test_two_pass_equals_batched_guidance(self, backbone: str, case: tuple[str, int]) -> None:
+        view = view_of(backbone, case)
+        two, one = sample(view, scale=2.0), sample(view, scale=2.0, batched=True)
+        assert relative(one, two) < max(1e-5, view.attached[0].tolerance)
+
+    def test_batch_independent(self, backbone: str, case: tuple[str, int]) -> None:
+        view = view_of(backbone, case)
+        base = tiny(backbone)
+        x, t, cond = base.example(3)
+        rows = [slice(k, k + 1) for k in range(3)]
+
+        def last(part: slice) -> Tensor:
+            run = Run(view, 3)
+            with torch.no_grad():
+                for i in run.steps():
+                    v = view(x[part], t[part] * (1 - i / 3), run=run, **{n: u[part] for n, u in cond.items()})
+                    run.close(v)
+            return v
+
+        assert relative(torch.cat([last(r) for r in rows]), last(slice(0, 3))) < view.attached[0].tolerance
+
+    @pytest.mark.parametrize("grain", ["block", "step"])
+    def test_compiled_equals_eager_and_graphs_are_as_computed(self, backbone: str, case: tuple[str, int], grain: str) -> None:
+        compiled_like_eager(view_of(backbone, case), grain)
+
+    def test_state_returns(self, backbone: str, case: tuple[str, int]) -> None:
+        """Config and state make the same method again."""
+        view = view_of(backbone, case)
+        (method,) = view.attached
+        again = type(method)(method.config)
+        twin = with_methods(tiny(backbone), again)
+        again.load_state_dict(method.state_dict())
+        assert torch.equal(sample(twin), sample(view))
+
+    def test_twice_is_refused(self, backbone: str, case: tuple[str, int]) -> None:
+        view = view_of(backbone, case)
+        start = time.perf_counter()
+        with pytest.raises(Conflict):
+            with_methods(view, make(case))
+        assert time.perf_counter() - start < 1
+
+    def test_unknown_setting_is_named(self, backbone: str, case: tuple[str, int]) -> None:
+        cls: Any = registry.get("methods", case[0])
+        with pytest.raises(DitkitError, match="no_such_setting"):
+            cls(no_such_setting=1)
+
+
+def threads_equal(view: Backbone, alone: list[Tensor]) -> None:
+    found: dict[int, Tensor] = {}
+    threads = [threading.Thread(target=lambda s=s: found.update({s: sample(view, seed=s)})) for s in (0, 1)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert all(torch.equal(found[s], alone[s]) for s in (0, 1))
+
+
+@pytest.mark.parametrize("backbone", [b for b in BACKBONES if b in PAIR_BACKBONES or os.environ.get("DITKIT_MATRIX")])
+@pytest.mark.parametrize(("a", "b"), PAIRS, ids=label)
+class TestPair:
+    def test_refused_with_a_reason_or_works(self, backbone: str, a: tuple[str, int], b: tuple[str, int]) -> None:
+        base = tiny(backbone)
+        start = time.perf_counter()
+        try:
+            view = with_methods(base, make(a), make(b))
+        except Conflict as reason:
+            refusal = str(reason)
+            view = None
+        if view is None:
+            assert len(refusal) > 20
+            assert time.perf_counter() - start < 1
+            return
+        before = sample(base)
+        out = sample(draw(view))
+        assert out.isfinite().all()
+        assert torch.equal(sample(draw(with_methods(with_methods(base, make(b)), make(a)))), out), "the order of attaching matters"
+        assert torch.equal(sample(base), before)
+        compiled_like_eager(view, "block")
+
+
+def documented(cls: type) -> bool:
+    """A registered part says what it is, and each of its settings."""
+    config: Any = cls.config_class  # type: ignore[attr-defined]
+    return bool(inspect.getdoc(cls)) and all(f.description or f.annotation in (int, float) for f in config.model_fields.values())
