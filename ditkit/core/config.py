@@ -77,7 +77,7 @@ def _explain(cls: type[BaseModel], error: ValidationError, where: str) -> Config
             lines.append(f"{path!r} is missing")
         else:
             text = re.sub(r"^(Value|Assertion) error, ", "", fault["msg"])
-            lines.append(f"{path!r} is {fault['input']!r}: {text[:1].lower() + text[1:]}")
+            lines.append((f"{path!r} is {fault['input']!r}: " if path else "") + text[:1].lower() + text[1:])
     return ConfigError(f"{where}: " + "; ".join(lines), hint="correct the named keys")
 
 
