@@ -1,0 +1,57 @@
+"""Data sets: the embedded ones by name, your own by path.
+
+A name stands for a module of this package with ``load(split, **options) -> Dataset``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from ditkit.core.errors import DitkitError, nearest
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+Split = Literal["train", "test"]
+EMBEDDED: dict[str, str] = {"digits": "digits"}  # name -> module
+
+
+class Dataset(Protocol):
+    """Samples that can be had in any order, without state: the order is the trainer's."""
+
+    @property
+    def name(self) -> str:
+        """What ``load`` was given."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of one sample."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels."""
+
+    @property
+    def labels(self) -> list[str]:
+        """Class names, in the order of their numbers."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: np.ndarray) -> dict[str, Tensor]:
+        """``x`` (B, C, H, W) float32 in [-1, 1] and the conditioning, such as ``y`` (B,) int64."""
+
+
+def load(name: str, split: Split = "train", **options: Any) -> Dataset:
+    """The data set of that name.
+
+    Raises:
+        DitkitError: there is none of that name, or no such split.
+    """
+    if split not in ("train", "test"):
+        raise DitkitError(f"split is {split!r}", allowed="'train' or 'test'")
+    if name not in EMBEDDED:
+        raise DitkitError(f"there is no data set {name!r}", allowed=", ".join(EMBEDDED), hint=nearest(name, EMBEDDED))
+    data: Dataset = importlib.import_module(f".{EMBEDDED[name]}", __name__).load(split, **options)
+    return data
