@@ -9,7 +9,7 @@ convolution is written as a linear layer. The process decides what the network's
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -39,6 +39,10 @@ class DiTConfig(Config):
     mlp_ratio: float = Field(4.0, gt=0)
     num_classes: int = Field(1000, ge=1)
     null_label: bool = Field(True, description="a further row of the label table stands for no label (needed for guidance)")
+    time_freq_shift: Literal[0, 1] = Field(
+        0, description="time frequencies 10000^(-i / (128 - shift)): 0 as released, 1 in diffusers' port"
+    )
+    mlp_norm_eps: float = Field(1e-6, gt=0, description="of the norm before the MLP: 1e-6 as released, 1e-5 in diffusers' port")
 
     @model_validator(mode="after")
     def _fits(self) -> DiTConfig:
@@ -49,6 +53,10 @@ class DiTConfig(Config):
         if any(side < 1 or side % self.patch_size for side in self.input_size):
             raise ValueError(f"input_size {self.input_size} is no multiple of patch_size {self.patch_size}")
         return self
+
+
+def _part(cfg: DiTConfig) -> AdaLNPart:
+    return AdaLNPart(cfg.dim, cfg.num_heads, cfg.mlp_ratio, mlp_norm_eps=cfg.mlp_norm_eps)
 
 
 @registry.register("backbones", "dit")
@@ -67,9 +75,9 @@ class DiT(Backbone):
         super().__init__()
         self.config = cfg = DiTConfig(**values) if config is None else config
         self.patch_embed = PatchEmbed(cfg.in_channels, cfg.patch_size, cfg.dim)
-        self.time = TimeEmbed(cfg.dim)
+        self.time = TimeEmbed(cfg.dim, freq_shift=cfg.time_freq_shift)
         self.label = LabelEmbed(cfg.num_classes, cfg.dim, cfg.null_label)
-        self.blocks = nn.ModuleList(AdaLNBlock({"img": AdaLNPart(cfg.dim, cfg.num_heads, cfg.mlp_ratio)}) for _ in range(cfg.depth))
+        self.blocks = nn.ModuleList(AdaLNBlock({"img": _part(cfg)}) for _ in range(cfg.depth))
         self.final = AdaLNHead(cfg.dim, cfg.patch_size**2 * cfg.out_channels)
         self.reset_parameters()
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ditkit.core.seams import Attn, Seam
 from ditkit.core.streams import Streams
 
-from .layers import Linear, Mlp, modulate
+from .layers import Linear, Mlp, modulate, plain
 
 
 class AdaLNPart(nn.Module):
@@ -22,12 +22,15 @@ class AdaLNPart(nn.Module):
     Args:
         dim, num_heads, mlp_ratio: widths.
         qk_norm: RMSNorm of queries and keys.
+        mlp_norm_eps: of the norm before the MLP; the one before the attention has 1e-6.
         writes: False where the stream is only read (the text of SD3's last block): shift and scale, q k v, nothing else.
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qk_norm: bool = False, writes: bool = True) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qk_norm: bool = False, writes: bool = True, mlp_norm_eps: float = 1e-6
+    ) -> None:
         super().__init__()
-        self.num_heads, self.writes = num_heads, writes
+        self.num_heads, self.writes, self.mlp_norm_eps = num_heads, writes, mlp_norm_eps
         self.ada = nn.Linear(dim, (6 if writes else 2) * dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.q_norm = nn.RMSNorm(dim // num_heads, eps=1e-6) if qk_norm and writes else nn.Identity()
@@ -35,9 +38,9 @@ class AdaLNPart(nn.Module):
         self.proj = nn.Linear(dim, dim) if writes else None
         self.mlp = Mlp(dim, int(dim * mlp_ratio)) if writes else None
 
-    def modulation(self, c: Tensor) -> tuple[Tensor, ...]:
+    def modulation(self, c: Tensor, linear: Linear = plain) -> tuple[Tensor, ...]:
         """c (B, 1 | N, D) -> shift, scale, gate of the attention, then of the MLP."""
-        return self.ada(F.silu(c)).chunk(6 if self.writes else 2, -1)
+        return linear("ada", self.ada, F.silu(c)).chunk(6 if self.writes else 2, -1)
 
     def to_qkv(self, h: Tensor, linear: Linear) -> tuple[Tensor, Tensor, Tensor]:
         """h (B, N, D) -> q, k, v (B, H, N, d)."""
@@ -63,7 +66,7 @@ class AdaLNBlock(nn.Module):
         """What the seam ``linear`` is called with: name -> module."""
         found: dict[str, Any] = {}
         for k, p in self.parts.items():
-            mine = {"qkv": p.qkv, "proj": p.proj, "fc1": p.mlp and p.mlp.fc1, "fc2": p.mlp and p.mlp.fc2}  # type: ignore[union-attr]
+            mine = {"ada": p.ada, "qkv": p.qkv, "proj": p.proj, "fc1": p.mlp and p.mlp.fc1, "fc2": p.mlp and p.mlp.fc2}  # type: ignore[union-attr]
             found.update({f"{k}.{n}": m for n, m in mine.items() if m is not None})
         return found
 
@@ -72,10 +75,11 @@ class AdaLNBlock(nn.Module):
         parts: dict[str, AdaLNPart] = {n: p for n, p in self.parts.items() if n in s}  # type: ignore[misc]
         out = [n for n, p in parts.items() if p.writes]
         source = {**s, **(kv or {})}
-        mod = {n: p.modulation(s[n].c) for n, p in parts.items()}  # type: ignore[arg-type]
 
         def on(n: str) -> Linear:
             return lambda name, module, x: seam.linear(f"{n}.{name}", module, x)
+
+        mod = {n: p.modulation(s[n].c, on(n)) for n, p in parts.items()}  # type: ignore[arg-type]
 
         def attention(h: dict[str, Tensor]) -> dict[str, Tensor]:
             q, k, v = {}, {}, {}
@@ -92,7 +96,7 @@ class AdaLNBlock(nn.Module):
 
         h = {n: modulate(s[n].x, mod[n][0], mod[n][1]) for n in parts}
         s = seam.residual("attn", attention, h, {n: mod[n][2] for n in out}, s)
-        h = {n: modulate(s[n].x, mod[n][3], mod[n][4]) for n in out}
+        h = {n: modulate(s[n].x, mod[n][3], mod[n][4], parts[n].mlp_norm_eps) for n in out}
         return seam.residual("mlp", mlp, h, {n: mod[n][5] for n in out}, s)
 
 

@@ -48,10 +48,13 @@ class PatchEmbed(nn.Linear):
         return super().forward(patchify(x, self.patch))
 
 
-def timestep_code(t: Tensor, width: int = 256, max_period: float = 10_000.0) -> Tensor:
-    """(...,) -> (..., width): [cos(t f), sin(t f)], f_i = max_period^(-i / half). In fp32 whatever the model's dtype (DiT, models.py)."""
+def timestep_code(t: Tensor, width: int = 256, max_period: float = 10_000.0, freq_shift: int = 0) -> Tensor:
+    """(...,) -> (..., width): [cos(t f), sin(t f)], f_i = max_period^(-i / (half - freq_shift)). In fp32 whatever the model's dtype.
+
+    DiT, models.py: shift 0. diffusers' DiT: shift 1.
+    """
     half = width // 2
-    f = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    f = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift))
     angle = t[..., None].float() * f
     return torch.cat([angle.cos(), angle.sin()], -1)
 
@@ -59,13 +62,13 @@ def timestep_code(t: Tensor, width: int = 256, max_period: float = 10_000.0) -> 
 class TimeEmbed(nn.Module):
     """t (B,) or (B, N) -> (B, 1 | N, D): sinusoid of ``width``, Linear, SiLU, Linear."""
 
-    def __init__(self, dim: int, width: int = 256) -> None:
+    def __init__(self, dim: int, width: int = 256, freq_shift: int = 0) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.freq_shift = width, freq_shift
         self.fc1, self.fc2 = nn.Linear(width, dim), nn.Linear(dim, dim)
 
     def forward(self, t: Tensor) -> Tensor:
-        code = timestep_code(t, self.width).to(self.fc1.weight.dtype)
+        code = timestep_code(t, self.width, freq_shift=self.freq_shift).to(self.fc1.weight.dtype)
         c = self.fc2(F.silu(self.fc1(code)))
         return c[:, None] if t.dim() == 1 else c
 

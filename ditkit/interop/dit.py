@@ -1,0 +1,214 @@
+"""DiT and SiT: the released layout (2212.09748, 2401.08740; the same keys) and diffusers' DiTTransformer2DModel, as tables.
+
+What differs from ours: the released file stores the fixed position table; the patch projection is a convolution; diffusers
+splits qkv, and keeps a copy of the time and label embedders in every block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from ditkit.core.config import Config
+from ditkit.core.errors import DitkitError, WeightsError
+
+from .hints import Hints
+from .tables import COPIES, JOIN, Convolution, Derived, Row, Table
+
+if TYPE_CHECKING:
+    from ditkit.backbones.dit import DiTConfig
+
+Shape = tuple[int, ...]
+
+_BLOCK = "blocks.{i}.parts.img"
+_THEIR_BLOCK = "transformer_blocks.{i}"
+_EMBEDDER = "transformer_blocks.{*}.norm1.emb"
+
+OFFICIAL = (
+    Row("time.fc1", "t_embedder.mlp.0"),
+    Row("time.fc2", "t_embedder.mlp.2"),
+    Row("label", "y_embedder.embedding_table", tensors=("weight",)),
+    Row(f"{_BLOCK}.ada", "blocks.{i}.adaLN_modulation.1"),
+    Row(f"{_BLOCK}.qkv", "blocks.{i}.attn.qkv"),
+    Row(f"{_BLOCK}.proj", "blocks.{i}.attn.proj"),
+    Row(f"{_BLOCK}.mlp.fc1", "blocks.{i}.mlp.fc1"),
+    Row(f"{_BLOCK}.mlp.fc2", "blocks.{i}.mlp.fc2"),
+    Row("final.ada", "final_layer.adaLN_modulation.1"),
+    Row("final.proj", "final_layer.linear"),
+)
+DIFFUSERS = (
+    Row("time.fc1", f"{_EMBEDDER}.timestep_embedder.linear_1", COPIES),
+    Row("time.fc2", f"{_EMBEDDER}.timestep_embedder.linear_2", COPIES),
+    Row("label", f"{_EMBEDDER}.class_embedder.embedding_table", COPIES, tensors=("weight",)),
+    Row(f"{_BLOCK}.ada", f"{_THEIR_BLOCK}.norm1.linear"),
+    Row(f"{_BLOCK}.qkv", (f"{_THEIR_BLOCK}.attn1.to_q", f"{_THEIR_BLOCK}.attn1.to_k", f"{_THEIR_BLOCK}.attn1.to_v"), JOIN),
+    Row(f"{_BLOCK}.proj", f"{_THEIR_BLOCK}.attn1.to_out.0"),
+    Row(f"{_BLOCK}.mlp.fc1", f"{_THEIR_BLOCK}.ff.net.0.proj"),
+    Row(f"{_BLOCK}.mlp.fc2", f"{_THEIR_BLOCK}.ff.net.2"),
+    Row("final.ada", "proj_out_1"),  # (shift, scale) here too; diffusers' newer heads have (scale, shift)
+    Row("final.proj", "proj_out_2"),
+)
+_HEADS = {(12, 384): 6, (12, 768): 12, (24, 1024): 16, (28, 1152): 16}  # (depth, dim) of the published sizes
+
+
+def official_table(config: DiTConfig) -> Table:
+    """The released layout of DiT and SiT for this shape."""
+    from ditkit.nn.embeddings import sincos_table
+
+    h, w = (side // config.patch_size for side in config.input_size)
+    patch = Row("patch_embed", "x_embedder.proj", Convolution(config.patch_size, config.patch_size))
+    positions = Derived(lambda: sincos_table(config.dim, (h, w)), tolerance=1e-6)
+    return Table((patch, *OFFICIAL), config.depth, {"pos_embed": positions})
+
+
+def diffusers_table(config: DiTConfig) -> Table:
+    """The layout of diffusers' DiTTransformer2DModel for this shape."""
+    if not config.null_label:
+        raise WeightsError("the model has no null label", allowed="models with one: diffusers' DiT always has it", hint="--to official")
+    patch = Row("patch_embed", "pos_embed.proj", Convolution(config.patch_size, config.patch_size))
+    return Table((patch, *DIFFUSERS), config.depth, {})
+
+
+class Constructor(Config):
+    """Arguments of the released ``DiT`` and ``SiT`` classes, with their defaults."""
+
+    input_size: int | tuple[int, int] = 32
+    patch_size: int = 2
+    in_channels: int = 4
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    class_dropout_prob: float = Field(0.1, description="above 0 the label table has a row for no label")
+    num_classes: int = 1000
+    learn_sigma: bool = True
+
+    def to_ours(self) -> DiTConfig:
+        """The same shape in our words."""
+        from ditkit.backbones.dit import DiTConfig
+
+        size = (self.input_size, self.input_size) if isinstance(self.input_size, int) else self.input_size
+        return DiTConfig(
+            input_size=size,
+            in_channels=self.in_channels,
+            out_channels=self.in_channels * (2 if self.learn_sigma else 1),
+            patch_size=self.patch_size,
+            dim=self.hidden_size,
+            depth=self.depth,
+            num_heads=self.num_heads,
+            mlp_ratio=self.mlp_ratio,
+            num_classes=self.num_classes,
+            null_label=self.class_dropout_prob > 0,
+        )
+
+
+def is_official(names: Mapping[str, Any]) -> bool:
+    """Whether these are the keys of a released DiT or SiT."""
+    return {"x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.weight", "pos_embed"} <= set(names)
+
+
+def config_from_official(shapes: Mapping[str, Shape], hints: Hints, where: str = "the file") -> DiTConfig:
+    """The configuration that a released file has, from its shapes; what they do not show comes from ``hints``.
+
+    Raises:
+        DitkitError: the number of heads is not that of a published size and not given, or the position table is no square.
+    """
+    from ditkit.backbones.dit import DiTConfig
+
+    dim, channels, patch, _ = shapes["x_embedder.proj.weight"]
+    depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
+    heads = hints.num_heads or _HEADS.get((depth, dim))
+    if heads is None:
+        raise DitkitError(f"{where}: {depth} blocks of width {dim} are no published size", hint="give --num-heads")
+    side = round(shapes["pos_embed"][1] ** 0.5)
+    size = hints.input_size or (side * patch, side * patch)
+    rows = shapes["y_embedder.embedding_table.weight"][0]
+    return DiTConfig(
+        input_size=size,
+        in_channels=channels,
+        out_channels=shapes["final_layer.linear.weight"][0] // patch**2,
+        patch_size=patch,
+        dim=dim,
+        depth=depth,
+        num_heads=heads,
+        mlp_ratio=shapes["blocks.0.mlp.fc1.weight"][0] / dim if depth else 4.0,
+        num_classes=rows - hints.null_label,
+        null_label=hints.null_label,
+    )
+
+
+class DiffusersDiT(Config):
+    """``config.json`` of DiTTransformer2DModel, and of Transformer2DModel as DiT's first conversions have it.
+
+    Fields of one allowed value are those that our network computes in no other way.
+    """
+
+    num_attention_heads: int = 16
+    attention_head_dim: int = 72
+    in_channels: int = 4
+    out_channels: int | None = None
+    num_layers: int = 28
+    dropout: float = 0.0
+    norm_num_groups: int = 32
+    attention_bias: Literal[True] = True
+    sample_size: int = 32
+    patch_size: int = 2
+    activation_fn: Literal["gelu-approximate"] = "gelu-approximate"
+    num_embeds_ada_norm: int = 1000
+    upcast_attention: Literal[False] = False
+    norm_type: Literal["ada_norm_zero"] = "ada_norm_zero"
+    norm_elementwise_affine: Literal[False] = False
+    norm_eps: float = 1e-5
+    # only in Transformer2DModel
+    cross_attention_dim: None = None
+    num_vector_embeds: None = None
+    caption_channels: None = None
+    interpolation_scale: None = None
+    use_additional_conditions: None = None
+    only_cross_attention: Literal[False] = False
+    double_self_attention: Literal[False] = False
+    use_linear_projection: Literal[False] = False
+    attention_type: Literal["default"] = "default"
+
+
+def config_from_diffusers(values: Mapping[str, Any], where: str = "config.json") -> DiTConfig:
+    """diffusers' configuration in our words. Raises ConfigError for keys and values that we do not know."""
+    from ditkit.backbones.dit import DiTConfig
+
+    cfg = DiffusersDiT.parse({k: v for k, v in values.items() if not k.startswith("_")}, where)
+    return DiTConfig(
+        input_size=(cfg.sample_size, cfg.sample_size),
+        in_channels=cfg.in_channels,
+        out_channels=cfg.out_channels or cfg.in_channels,
+        patch_size=cfg.patch_size,
+        dim=cfg.num_attention_heads * cfg.attention_head_dim,
+        depth=cfg.num_layers,
+        num_heads=cfg.num_attention_heads,
+        num_classes=cfg.num_embeds_ada_norm,
+        mlp_norm_eps=cfg.norm_eps,
+        time_freq_shift=1,
+    )
+
+
+def config_to_diffusers(config: DiTConfig) -> dict[str, Any]:
+    """Our configuration as arguments of DiTTransformer2DModel. Raises DitkitError for shapes that diffusers' DiT cannot have."""
+    h, w = config.input_size
+    if h != w or config.mlp_ratio != 4.0:
+        raise DitkitError(
+            f"input_size {config.input_size}, mlp_ratio {config.mlp_ratio}",
+            allowed="a square and 4.0: diffusers' DiT has no other",
+            hint="--to official",
+        )
+    return dict(
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.dim // config.num_heads,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        num_layers=config.depth,
+        sample_size=h,
+        patch_size=config.patch_size,
+        num_embeds_ada_norm=config.num_classes,
+        norm_eps=config.mlp_norm_eps,
+    )

@@ -1,0 +1,19 @@
+"""What a foreign weight file does not say about itself."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ditkit.core.config import Config
+
+
+class Hints(Config):
+    """Told by the user where the file alone leaves a choice."""
+
+    system: Literal["dit", "sit"] = Field("dit", description="released DiT and SiT files look alike: which of the two it is")
+    weights: Literal["ema", "model"] = Field("ema", description="which weights of a training checkpoint that holds both")
+    num_heads: int | None = Field(None, ge=1, description="attention heads; known for the published sizes")
+    null_label: bool = Field(True, description="the last row of the label table stands for no label")
+    input_size: tuple[int, int] | None = Field(None, description="height and width in latent pixels; square where not given")
