@@ -1,21 +1,29 @@
-"""A bundle: the folder that ``ditkit.from_pretrained`` reads. ``config.json``, ``model.safetensors``, ``methods/LABEL.safetensors``,
-``manifest.json``. This file holds its schema and its writer; it loads no torch until something is written.
+"""A bundle: the folder that ``ditkit.from_pretrained`` reads. ``config.json``, ``model.safetensors``, ``methods/LABEL.safetensors``
+and ``.json``, ``codec/`` where pictures are decoded, ``manifest.json``. This file holds its schema, its writer and its reader; it loads
+no torch until something is written or read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from ditkit.core.config import Config
+from ditkit.core.config import Config, read_data
+from ditkit.core.errors import ConfigError, DitkitError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONFIG, MODEL, METHODS = "config.json", "model.safetensors", "methods"
+    from ditkit.codecs.base import Codec
+    from ditkit.core.files import Source
+    from ditkit.core.method import Method
+
+CONFIG, MODEL, METHODS, CODEC = "config.json", "model.safetensors", "methods", "codec"
+SHIPPED = Path(__file__).parent / "bundles"
 
 
 class Part(Config):
@@ -28,7 +36,7 @@ class Part(Config):
 class MethodPart(Part):
     """A method attached to the model; its state is ``methods/LABEL.safetensors``."""
 
-    label: str = Field(description="name under which it is attached")
+    label: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="name under which it is attached")
 
 
 class DataCard(Config):
@@ -45,6 +53,7 @@ class Sampling(Config):
     solver: str = Field("ddim", description="name of the solver")
     num_inference_steps: int = Field(50, ge=1, description="solver steps")
     guidance: dict[str, Any] = Field({}, description="scale, channels, rescale, interval")
+    options: dict[str, Any] = Field({}, description="further options of the solver: spacing, eta, clip")
 
 
 class BundleConfig(Config):
@@ -60,11 +69,69 @@ class BundleConfig(Config):
     methods: tuple[MethodPart, ...] = ()
 
 
-def write_bundle(folder: str | Path, config: BundleConfig, tensors: Mapping[str, Tensor]) -> None:
+class Validity(Config):
+    """What a learned state of a method was made for; it is refused elsewhere. None: any."""
+
+    backbone: Part
+    process: Part
+    solver: str | None = Field(None, description="name of the solver")
+    num_inference_steps: int | None = Field(None, ge=1, description="solver steps")
+
+    @classmethod
+    def of(cls, config: BundleConfig, method: Method) -> Validity:
+        """What ``method`` depends on in this bundle: solver and steps too, if its plan depends on the step."""
+        steps = config.sampling if method.scheduled else None
+        return cls(
+            backbone=config.backbone,
+            process=config.process,
+            solver=steps and steps.solver,
+            num_inference_steps=steps and steps.num_inference_steps,
+        )
+
+    def check_model(self, label: str, config: BundleConfig) -> None:
+        """Raise ConfigError where backbone or process are others."""
+        for kind, mine, theirs in (("backbone", self.backbone, config.backbone), ("process", self.process, config.process)):
+            if mine != theirs:
+                raise ConfigError(
+                    f"the state of {label} was made for another {kind}: {_difference(mine, theirs)}",
+                    hint="train the method on this model, or drop its state",
+                )
+
+    def check_run(self, label: str, solver: str, num_inference_steps: int) -> None:
+        """Raise ConfigError where solver or steps are others."""
+        for what, mine, asked in (("solver", self.solver, solver), ("num_inference_steps", self.num_inference_steps, num_inference_steps)):
+            if mine is not None and mine != asked:
+                raise ConfigError(f"{what} is {asked!r}", allowed=f"{mine!r}, for which the state of {label} was made", hint="use that one")
+
+
+class MethodCard(Config):
+    """Content of ``methods/LABEL.json``."""
+
+    format: Literal[1] = 1
+    method: MethodPart
+    valid_for: Validity
+
+
+def _difference(a: Part, b: Part) -> str:
+    if a.name != b.name:
+        return f"{a.name}, not {b.name}"
+    keys = sorted(k for k in {*a.config, *b.config} if a.config.get(k) != b.config.get(k))
+    return ", ".join(f"{k} {a.config.get(k)!r}, not {b.config.get(k)!r}" for k in keys)
+
+
+def write_bundle(
+    folder: str | Path,
+    config: BundleConfig,
+    tensors: Mapping[str, Tensor],
+    valid_for: Mapping[str, Validity] | None = None,
+    codec: Codec | None = None,
+) -> None:
     """Write a bundle, atomically; what else is in ``folder`` (checkpoints, logs) is left alone.
 
     Args:
         tensors: the state of the model or view, names as in its ``state_dict``; those of a method begin with ``methods.LABEL.``.
+        valid_for: what each method's state was made for, by label.
+        codec: written to ``codec/`` unless it is the identity.
     """
     from ditkit.core.files import atomic_folder, write_json, write_tensors
 
@@ -81,5 +148,69 @@ def write_bundle(folder: str | Path, config: BundleConfig, tensors: Mapping[str,
         write_tensors(new / MODEL, base, {"dtype": config.dtype})
         if states:
             (new / METHODS).mkdir()
-        for label, state in states.items():
-            write_tensors(new / METHODS / f"{label}.safetensors", state)
+        for method in config.methods:
+            write_tensors(new / METHODS / f"{method.label}.safetensors", states[method.label])
+            if method.label in (valid_for or {}):
+                card = MethodCard(method=method, valid_for=(valid_for or {})[method.label])
+                write_json(new / METHODS / f"{method.label}.json", card.to_dict())
+        if codec is not None and codec.name != "identity":
+            from ditkit.codecs.base import save_codec
+
+            save_codec(codec, new / CODEC)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model on the disk, before anything large is read: a bundle, or another layout in our words.
+
+    ``tensors`` reads the weights by our names; ``hash`` is the SHA-256 of the files.
+    """
+
+    folder: Path
+    config: BundleConfig
+    tensors: Source
+    hash: str
+    codec: Path | None = None
+
+
+def find_bundle(name: str | Path) -> Path:
+    """The folder ``name``; or, for a name without a slash where there is no such folder, the bundle of that name that ditkit ships."""
+    path = Path(name)
+    if path.exists() or len(path.parts) > 1:
+        return path
+    shipped = sorted(p.parent.name for p in SHIPPED.glob(f"*/{CONFIG}"))
+    if str(name) in shipped:
+        return SHIPPED / str(name)
+    raise DitkitError(
+        f"there is no folder {str(name)!r} and no bundle of that name",
+        allowed=f"a folder, or one of: {', '.join(shipped)}" if shipped else "a folder",
+        hint=nearest(str(name), shipped) or "check the path; ditkit train digits makes runs/digits",
+    )
+
+
+def open_bundle(folder: str | Path) -> Opened:
+    """Check the manifest (every file's size and SHA-256) and the configuration; weights are read from ``tensors``.
+
+    Raises:
+        ConfigError, WeightsError: naming the file, the key or the value.
+    """
+    from ditkit.core.files import TensorFile, folder_hash, verify_manifest
+
+    folder = Path(folder)
+    verify_manifest(folder)
+    config = BundleConfig.load(folder / CONFIG)
+    codec = folder / CODEC
+    return Opened(folder, config, TensorFile(folder / MODEL), folder_hash(folder), codec if codec.is_dir() else None)
+
+
+def read_card(folder: Path, part: MethodPart) -> Validity | None:
+    """What the state of a method in this bundle was made for; None where it has no card."""
+    path = folder / METHODS / f"{part.label}.json"
+    if not path.is_file():
+        return None
+    card = MethodCard.parse(read_data(path), str(path))
+    if card.method != part:
+        raise ConfigError(
+            f"{path} describes {card.method.name} with {card.method.config}", allowed=f"what {CONFIG} says: {part.name}, {part.config}"
+        )
+    return card.valid_for

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +42,19 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 Shape = Sequence[int]
+
+
+class Source(Protocol):
+    """Tensors by name, read one at a time, so that a large model need not be in memory twice."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """What ``read`` knows: name -> shape."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU."""
+        ...
 
 
 def read_tensors(path: str | Path, expect: Mapping[str, Shape] | None = None) -> dict[str, Tensor]:
@@ -70,7 +83,7 @@ class TensorEntry:
 
 
 class TensorFile:
-    """An open tensor file whose header was checked; ``read`` brings one tensor into memory. A context manager.
+    """An open tensor file whose header was checked; ``read`` brings one tensor into memory. A ``Source``, and a context manager.
 
     Attributes:
         entries: what the file holds, by name, in the order of the data.
@@ -97,12 +110,14 @@ class TensorFile:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape."""
+        return {name: entry.shape for name, entry in self.entries.items()}
+
     def check(self, expect: Mapping[str, Shape]) -> None:
         """Raise WeightsError unless the file holds exactly the names and shapes of ``expect``."""
-        check_names(self.path, expect, self.entries)
-        for name, shape in expect.items():
-            if self.entries[name].shape != tuple(shape):
-                raise WeightsError(f"{self.path}: {name!r} is {self.entries[name].shape}", allowed=f"{tuple(shape)}")
+        check_shapes(self.path, expect, self.shapes)
 
     def read(self, name: str) -> Tensor:
         """One tensor, finite throughout."""
@@ -129,6 +144,14 @@ def check_names(path: str | Path, wanted: Mapping[str, Any], found: Mapping[str,
     raise WeightsError(
         f"{path}: {', '.join(parts)}", allowed=f"exactly the {len(wanted)} tensors of the model", hint=hint or "check the file"
     )
+
+
+def check_shapes(path: str | Path, wanted: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
+    """Raise WeightsError unless ``found`` has exactly the names and shapes of ``wanted``."""
+    check_names(path, wanted, found)
+    for name, shape in wanted.items():
+        if tuple(found[name]) != tuple(shape):
+            raise WeightsError(f"{path}: {name!r} is {tuple(found[name])}", allowed=f"{tuple(shape)}", hint="check the configuration")
 
 
 def check_finite(path: str | Path, name: str, value: Tensor) -> None:

@@ -73,17 +73,23 @@ def replace_projections(view: Backbone, method: Method) -> int:
     if type(method).replace is Method.replace:
         return 0
     count = 0
-    for path, parent in list(view.named_modules()):
-        for name, child in list(parent.named_children()):
-            if getattr(child, "in_features", None) is None or path.startswith("methods"):
-                continue
-            full = f"{path}.{name}".lstrip(".")
-            if (new := method.replace(full, child)) is not None:
-                setattr(parent, name, new)
-                count += 1
+    for path, parent, name in projections(view):
+        if (new := method.replace(path, getattr(parent, name))) is not None:
+            setattr(parent, name, new)
+            count += 1
     if not count:
         raise Conflict(f"{method.label} matches no projection of {view.name}", hint="see its config: which projections it takes")
     return count
+
+
+def projections(model: Backbone) -> list[tuple[str, nn.Module, str]]:
+    """What ``Method.replace`` may swap: every linear layer of the backbone, as (path, parent, name in the parent)."""
+    found = []
+    for path, parent in model.named_modules():
+        for name, child in parent.named_children():
+            if getattr(child, "in_features", None) is not None and not path.startswith("methods"):
+                found.append((f"{path}.{name}".lstrip("."), parent, name))
+    return found
 
 
 def keep_blocks(model: Backbone, keep: Sequence[int]) -> Backbone:

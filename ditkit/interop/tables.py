@@ -6,16 +6,15 @@ number; ``{*}`` in their name stands for all blocks, each of which keeps a copy 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ditkit.core.errors import WeightsError
-from ditkit.core.files import check_names
+from ditkit.core.files import Source, check_names, check_shapes
 
 Shape = tuple[int, ...]
 Read = Callable[[str], Tensor]
@@ -148,18 +147,6 @@ class Table:
         return theirs
 
 
-class Source(Protocol):
-    """Tensors by our names, read one at a time: a bundle's file, or another layout through its table."""
-
-    def names(self) -> Iterator[str]:
-        """Every name that ``read`` knows."""
-        ...
-
-    def read(self, name: str) -> Tensor:
-        """One tensor."""
-        ...
-
-
 class Renamed:
     """A ``Source`` over another layout. All names and shapes are checked when it is made.
 
@@ -180,14 +167,12 @@ class Renamed:
         shapes: dict[str, Shape] = {name: tuple(d.compute().shape) for name, d in table.derived.items()}
         for name, link in self.links.items():
             shapes.update(zip(link.theirs, link.rule.shapes(tuple(expect[name]), len(link.theirs))))
-        check_names(where, shapes, found)
-        for name, shape in shapes.items():
-            if tuple(found[name]) != shape:
-                raise WeightsError(f"{where}: {name!r} is {tuple(found[name])}", allowed=f"{shape}", hint="check the configuration")
+        check_shapes(where, shapes, found)
         self._check_derived()
 
-    def names(self) -> Iterator[str]:
-        return iter(self.links)
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        return self.expect
 
     def read(self, name: str) -> Tensor:
         link = self.links[name]
@@ -223,4 +208,4 @@ class Renamed:
 
 def load_all(source: Source) -> dict[str, Tensor]:
     """Every tensor of a source."""
-    return {name: source.read(name) for name in source.names()}
+    return {name: source.read(name) for name in source.shapes}
