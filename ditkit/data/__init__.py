@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Split = Literal["train", "test"]
-EMBEDDED: dict[str, str] = {"digits": "digits"}  # name -> module
+EMBEDDED: dict[str, str] = {"digits": "digits", "scenes": "scenes"}  # name -> module
 
 
 class Dataset(Protocol):
