@@ -45,6 +45,7 @@ class Cost:
     activation_bytes: int
     io_bytes: int = 0  # input and output
     linears: dict[tuple[int, int, int], int] = field(default_factory=dict)  # (M, K, N) -> calls
+    integers: dict[tuple[int, int, int], int] = field(default_factory=dict)  # those in 8-bit integers, among ``linear_macs`` too
     attentions: dict[tuple[int, int, int, int, int], int] = field(default_factory=dict)  # (B, H, Nq, Nk, d) -> calls
     uncounted: tuple[str, ...] = ()
 
@@ -53,10 +54,18 @@ class Cost:
         """Two for each multiply-add."""
         return 2 * self.macs
 
+    @property
+    def integer_macs(self) -> int:
+        """Those of ``linear_macs`` that are done in 8-bit integers."""
+        return sum(m * k * n * calls for (m, k, n), calls in self.integers.items())
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, shapes left out."""
-        plain = {k: v for k, v in asdict(self).items() if k not in ("linears", "attentions")}
-        return {"flops": self.flops, **plain, "uncounted": list(self.uncounted)}
+        plain = {k: v for k, v in asdict(self).items() if k not in _SHAPES}
+        return {"flops": self.flops, "integer_macs": self.integer_macs, **plain, "uncounted": list(self.uncounted)}
+
+
+_SHAPES = ("linears", "integers", "attentions")
 
 
 @dataclass(frozen=True)
@@ -76,16 +85,13 @@ class RunCost:
         return 2 * self.macs
 
     @property
-    def mean(self) -> Cost:
-        """The mean step. Figures of memory are the largest of any step; shapes are those of all steps together."""
-        n, costs = len(self.steps), self.steps
-        linears, attentions = (sum((Counter(getattr(c, k)) for c in costs), Counter()) for k in ("linears", "attentions"))
-        macs, linear, attention, weights = (
-            round(sum(getattr(c, k) for c in costs) / n) for k in ("macs", "linear_macs", "attention_macs", "weight_bytes")
-        )
+    def total(self) -> Cost:
+        """All steps together. Activations are the most of any step; weights are read anew in each."""
+        costs = self.steps
+        shapes: dict[str, Any] = {k: dict(sum((Counter(getattr(c, k)) for c in costs), Counter())) for k in _SHAPES}
+        sums = {k: sum(getattr(c, k) for c in costs) for k in ("macs", "linear_macs", "attention_macs", "weight_bytes", "io_bytes")}
         uncounted = tuple(sorted({name for c in costs for name in c.uncounted}))
-        peak = max(c.activation_bytes for c in costs)
-        return Cost(macs, linear, attention, weights, peak, costs[0].io_bytes, dict(linears), dict(attentions), uncounted)
+        return Cost(**sums, **shapes, activation_bytes=max(c.activation_bytes for c in costs), uncounted=uncounted)
 
 
 def count(call: Callable[[], Any], model: nn.Module | None = None) -> Cost:
@@ -94,17 +100,9 @@ def count(call: Callable[[], Any], model: nn.Module | None = None) -> Cost:
     with torch.no_grad(), _MarkAttention(tally), tally:
         call()
     linear, attention = (tally.flops[kind] // 2 for kind in ("linear", "attention"))
-    return Cost(
-        linear + attention,
-        linear,
-        attention,
-        sum(tally.read.values()),
-        tally.peak,
-        0,
-        dict(tally.linears),
-        dict(tally.attentions),
-        tuple(sorted(tally.unknown)),
-    )
+    shapes: dict[str, Any] = {k: dict(getattr(tally, k)) for k in _SHAPES}
+    unknown = tuple(sorted(tally.unknown))
+    return Cost(linear + attention, linear, attention, sum(tally.read.values()), tally.peak, **shapes, uncounted=unknown)
 
 
 def count_forward(model: Backbone, batch: int = 1, inputs: tuple[Tensor, Tensor, dict[str, Any]] | None = None) -> Cost:
@@ -208,6 +206,7 @@ _EXTRA: dict[str, Callable[[tuple[Any, ...], Any], int]] = {
     "onednn::qlinear_pointwise": lambda a, out: _quantised_linear(a[0], out),
     "mkldnn::_linear_pointwise": lambda a, out: _quantised_linear(a[0], out),
 }
+_INTEGER = ("aten::_int_mm", "onednn::qlinear_pointwise")
 _PLAIN = ("aten", "prim", "prims")
 
 
@@ -218,6 +217,7 @@ class _Tally(TorchDispatchMode):
         super().__init__()
         self.flops: Counter[str] = Counter()
         self.linears: Counter[tuple[int, int, int]] = Counter()
+        self.integers: Counter[tuple[int, int, int]] = Counter()
         self.attentions: Counter[tuple[int, int, int, int, int]] = Counter()
         self.unknown: set[str] = set()
         self.read: dict[int, int] = {}
@@ -251,7 +251,8 @@ class _Tally(TorchDispatchMode):
         if kind == "linear" and isinstance(out, Tensor) and out.dim() and out.numel():
             width = out.shape[1 if "conv" in name else -1]
             rows = out.numel() // width
-            self.linears[rows, int(flops) // (2 * rows * width), width] += 1
+            shapes = self.integers if name in _INTEGER else self.linears
+            shapes[rows, int(flops) // (2 * rows * width), width] += 1
 
     def _bytes(self, args: Any, kwargs: Any, out: Any) -> None:
         """Weights that were read, and memory that came to life; storages are followed until they die."""

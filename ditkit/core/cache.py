@@ -1,0 +1,14 @@
+"""Where things are kept that can be made again: ``$DITKIT_CACHE``, else ``ditkit`` in the user's cache folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_dir(name: str) -> Path:
+    """The folder ``name`` of the cache; it may not exist yet. Nothing in it is needed: whoever reads it can make it again."""
+    if chosen := os.environ.get("DITKIT_CACHE"):
+        return Path(chosen) / name
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "ditkit" / name
