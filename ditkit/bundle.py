@@ -80,13 +80,9 @@ class Validity(Config):
     @classmethod
     def of(cls, config: BundleConfig, method: Method) -> Validity:
         """What ``method`` depends on in this bundle: solver and steps too, if its plan depends on the step."""
-        steps = config.sampling if method.scheduled else None
-        return cls(
-            backbone=config.backbone,
-            process=config.process,
-            solver=steps and steps.solver,
-            num_inference_steps=steps and steps.num_inference_steps,
-        )
+        any_run = cls(backbone=config.backbone, process=config.process)
+        steps = {"solver": config.sampling.solver, "num_inference_steps": config.sampling.num_inference_steps}
+        return any_run.model_copy(update=steps) if method.scheduled else any_run
 
     def check_model(self, label: str, config: BundleConfig) -> None:
         """Raise ConfigError where backbone or process are others."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ditkit.bundle import METHODS, BundleConfig, Opened, Part, Validity, read_card
+from ditkit.bundle import METHODS, Opened, Part, Validity, read_card
 from ditkit.core import registry
 from ditkit.core.backbone import Backbone
 from ditkit.core.errors import Conflict, DitkitError, WeightsError
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from ditkit.core.config import Config
 
 
-def load_model(opened: Opened, dtype: torch.dtype, device: torch.device, extra: Sequence[Method] = ()) -> tuple[Backbone, dict[str, Validity]]:
+def load_model(
+    opened: Opened, dtype: torch.dtype, device: torch.device, extra: Sequence[Method] = ()
+) -> tuple[Backbone, dict[str, Validity]]:
     """The model with the methods of its bundle and ``extra`` attached, and what the methods' states were made for, by label."""
     parts = opened.config.methods
     listed = [make_method(p) for p in parts]
@@ -38,7 +40,7 @@ def load_model(opened: Opened, dtype: torch.dtype, device: torch.device, extra: 
             card.check_model(part.label, opened.config)
             valid_for[part.label] = card
     view.methods.to(device)
-    return view.eval(), valid_for  # type: ignore[return-value]
+    return view.eval(), valid_for
 
 
 def make_method(part: Part) -> Method:
@@ -71,9 +73,9 @@ def empty_model(part: Part, where: str = "") -> Backbone:
         return cls(config)  # type: ignore[call-arg]
 
 
-def shapes_of(config: BundleConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights that a bundle with this configuration holds."""
-    return {name: tuple(value.shape) for name, value in empty_model(config.backbone).state_dict().items()}
+def shapes_of(part: Part) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights of a backbone with this configuration."""
+    return {name: tuple(value.shape) for name, value in empty_model(part).state_dict().items()}
 
 
 @torch.no_grad()
@@ -116,7 +118,8 @@ def fill(
 def _read(source: Source, name: str, empty: Tensor, dtype: torch.dtype, device: torch.device, where: str) -> Tensor:
     value = source.read(name)
     if value.is_floating_point() != empty.is_floating_point():
-        raise WeightsError(f"{where}: {name!r} is {value.dtype}", allowed="floating point" if empty.is_floating_point() else str(empty.dtype))
+        allowed = "floating point" if empty.is_floating_point() else str(empty.dtype)
+        raise WeightsError(f"{where}: {name!r} is {value.dtype}", allowed=allowed)
     return value.to(device, dtype if value.is_floating_point() else empty.dtype)
 
 
@@ -141,7 +144,7 @@ def _computed_buffers(model: Backbone, device: torch.device) -> None:
 
 
 def choose(dtype: str | torch.dtype, device: str | torch.device) -> tuple[torch.dtype, torch.device]:
-    """"auto": the GPU where there is one; fp32 on the CPU, bf16 on a GPU that computes in it."""
+    """ "auto": the GPU where there is one; fp32 on the CPU, bf16 on a GPU that computes in it."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -154,6 +157,6 @@ def choose(dtype: str | torch.dtype, device: str | torch.device) -> tuple[torch.
         return (torch.bfloat16 if where.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32), where
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
     chosen = dtype if isinstance(dtype, torch.dtype) else kinds.get(dtype)
-    if chosen not in kinds.values():
+    if chosen is None or chosen not in kinds.values():
         raise DitkitError(f"dtype is {dtype!r}", allowed=f"'auto', {', '.join(kinds)}")
     return chosen, where

@@ -349,13 +349,13 @@ def verify_manifest(folder: str | Path) -> dict[str, Any]:
     return files
 
 
-def folder_hash(folder: str | Path) -> str:
-    """SHA-256 of names and contents: of the files that the manifest lists or, without one, of all files."""
+def folder_hash(folder: str | Path, names: Sequence[str] | None = None) -> str:
+    """SHA-256 of names and contents: of the files ``names``; or of those that the manifest lists; or, without one, of all files."""
     folder = Path(folder)
-    if (folder / MANIFEST).is_file():
+    if names is None and (folder / MANIFEST).is_file():
         listed = {name: want["sha256"] for name, want in _read_manifest(folder).items()}
     else:
-        listed = {name: _sha256(folder / name) for name in _files(folder)}
+        listed = {name: _sha256(folder / name) for name in (_files(folder) if names is None else names)}
     return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
 
 

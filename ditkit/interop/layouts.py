@@ -1,0 +1,137 @@
+"""Diffusers folders, opened as if they were bundles: a pipeline (model_index.json) or a transformer alone (config.json)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ditkit.bundle import BundleConfig, DataCard, Opened, Part
+from ditkit.core.config import Config, read_data
+from ditkit.core.errors import ConfigError, DitkitError, WeightsError, nearest
+from ditkit.core.files import TensorFile, folder_hash
+from ditkit.loading import shapes_of
+
+from . import dit
+from .schedulers import read_scheduler
+from .tables import Renamed
+
+CLASSES: dict[str, tuple[str, ModuleType]] = {  # diffusers class -> backbone, its tables
+    "DiTTransformer2DModel": ("dit", dit),
+    "Transformer2DModel": ("dit", dit),
+}
+PIPELINES = ("DiTPipeline",)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def is_diffusers(folder: Path) -> bool:
+    """Whether the folder is one of diffusers', not a bundle."""
+    if (folder / "model_index.json").is_file():
+        return True
+    return (folder / "config.json").is_file() and "_class_name" in _json(folder / "config.json")
+
+
+def open_diffusers(folder: Path) -> Opened:
+    """Check configuration, names and shapes of a diffusers folder; weights are read from ``tensors`` of the result.
+
+    Raises:
+        ConfigError, WeightsError: an unknown class, key or value; a tensor missing, extra or misshapen; weights only as pickle.
+    """
+    labels: tuple[str, ...] = ()
+    transformer = folder
+    if (folder / "model_index.json").is_file():
+        labels = _read_index(folder / "model_index.json")
+        transformer = folder / "transformer"
+    backbone, tables, cfg = read_transformer(transformer / "config.json")
+    files = ShardedFile(transformer)
+    part = Part(name=backbone, config=cfg.to_dict())
+    tensors = Renamed(str(transformer), files.shapes, files.read, tables.diffusers_table(cfg), shapes_of(part))
+    process, sampling = read_scheduler(folder / "scheduler" / "scheduler_config.json", learned=cfg.out_channels == 2 * cfg.in_channels)
+    codec, shape = _codec(folder / "vae", cfg)
+    bundle = BundleConfig(
+        backbone=part,
+        process=process,
+        codec=codec,
+        data=DataCard(name=folder.name, shape=shape, labels=labels),
+        sampling=sampling,
+    )
+    return Opened(folder, bundle, tensors, folder_hash(transformer, ["config.json", *files.names]))
+
+
+def read_transformer(path: Path) -> tuple[str, ModuleType, Any]:
+    """Of the class that a transformer's config.json names: our backbone, its tables, its configuration in our words."""
+    values = _json(path)
+    name = values.get("_class_name")
+    if name not in CLASSES:
+        hint = nearest(str(name), CLASSES)
+        raise ConfigError(f"{path}: _class_name is {name!r}", allowed=", ".join(CLASSES), hint=hint or "this architecture is not supported")
+    backbone, tables = CLASSES[name]
+    return backbone, tables, tables.config_from_diffusers(values, str(path))
+
+
+class _WeightIndex(Config):
+    metadata: dict[str, Any] = {}
+    weight_map: dict[str, str]
+
+
+class ShardedFile:
+    """The weights of a diffusers model: one safetensors file, or several with an index. A ``Source`` by their names."""
+
+    def __init__(self, folder: Path) -> None:
+        index = folder / f"{WEIGHTS}.index.json"
+        if index.is_file():
+            where = _WeightIndex.parse(read_data(index), str(index)).weight_map
+            self.names = sorted({*where.values()})
+            if bad := [n for n in self.names if Path(n).name != n]:
+                raise WeightsError(f"{index} names the file {bad[0]!r}", allowed="files beside it")
+        elif (folder / WEIGHTS).is_file():
+            where, self.names = {}, [WEIGHTS]
+        else:
+            pickled = sorted(p.name for p in folder.glob("*.bin"))
+            what = f"holds its weights only as pickle ({pickled[0]})" if pickled else f"holds no {WEIGHTS}"
+            hint = f"ditkit convert {folder} OUT_FOLDER" if pickled else "download the folder again"
+            raise WeightsError(f"{folder} {what}", allowed="safetensors", hint=hint)
+        files = {name: TensorFile(folder / name) for name in self.names}
+        self._home = {tensor: file for file in files.values() for tensor in file.entries}
+        for tensor, name in where.items():
+            if tensor not in files[name].entries:
+                raise WeightsError(f"{folder / name} lacks {tensor!r}", allowed=f"what {index.name} says", hint="download the folder again")
+        self.shapes = {name: shape for file in files.values() for name, shape in file.shapes.items()}
+        self.metadata = {key: value for file in files.values() for key, value in file.metadata.items()}
+
+    def read(self, name: str) -> Any:
+        """One tensor, finite throughout."""
+        return self._home[name].read(name)
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    values = read_data(path)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds {type(values).__name__}", allowed="an object of keys and values")
+    return values
+
+
+def _read_index(path: Path) -> tuple[str, ...]:
+    """Class names of a pipeline's model_index.json."""
+    values = _json(path)
+    if values.get("_class_name") not in PIPELINES:
+        raise ConfigError(f"{path}: _class_name is {values.get('_class_name')!r}", allowed=", ".join(PIPELINES))
+    labels = values.get("id2label") or {}
+    if not isinstance(labels, dict) or set(labels) != {str(i) for i in range(len(labels))}:
+        raise ConfigError(f"{path}: id2label", allowed="a name for each label from 0")
+    return tuple(str(labels[str(i)]) for i in range(len(labels)))
+
+
+def _codec(folder: Path, config: Any) -> tuple[Part, tuple[int, int, int]]:
+    """The codec beside the transformer, and the shape of pictures; without one, latents are shown as they are."""
+    from ditkit.codecs import codec_from
+
+    c, (h, w) = config.in_channels, config.input_size
+    if not (folder / "config.json").is_file():
+        return Part(name="identity", config={"channels": c}), (c, h, w)
+    part = Part(name="vae", config={"path": str(folder)})
+    codec = codec_from(part.name, part.config)
+    if codec.channels != c:
+        raise DitkitError(f"{folder} has {codec.channels} latent channels", allowed=f"{c}, as the transformer has")
+    return part, (codec.in_channels, h * codec.factor, w * codec.factor)

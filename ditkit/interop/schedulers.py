@@ -1,0 +1,77 @@
+"""diffusers' scheduler_config.json -> our process and sampling defaults. Keys and values we do not know are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from ditkit.bundle import Part, Sampling
+from ditkit.core.config import Config, read_data
+from ditkit.core.errors import ConfigError, nearest
+
+
+class _Betas(Config):
+    """What all of diffusers' Gaussian schedulers share. Fields of one allowed value are those that ours compute in no other way."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    trained_betas: None = None
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
+    steps_offset: Literal[0] = 0
+    thresholding: Literal[False] = False
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
+    rescale_betas_zero_snr: Literal[False] = False
+
+
+class _DDIM(_Betas):
+    clip_sample: bool = True
+    clip_sample_range: float = Field(1.0, ge=1, le=1)
+    set_alpha_to_one: Literal[True] = True
+    skip_prk_steps: Any = None  # left over from other schedulers
+
+
+class _DDPM(_Betas):
+    clip_sample: bool = True
+    clip_sample_range: float = Field(1.0, ge=1, le=1)
+    variance_type: Literal["fixed_small", "fixed_large", "learned_range", "learned"] = "fixed_small"
+
+
+SCHEDULERS: dict[str, tuple[str, type[_Betas]]] = {"DDIMScheduler": ("ddim", _DDIM), "DDPMScheduler": ("ddpm", _DDPM)}
+_PREDICTION = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+
+
+def read_scheduler(path: Path, learned: bool) -> tuple[Part, Sampling]:
+    """Process and sampling of a scheduler's configuration; without a file, those of DiT's release.
+
+    Args:
+        learned: the network has output channels for the variance.
+    """
+    if not path.is_file():
+        return gaussian(learned), Sampling(solver="ddim", num_inference_steps=50, guidance={"scale": 4.0})
+    values = read_data(path)
+    name = values.get("_class_name") if isinstance(values, dict) else None
+    if name not in SCHEDULERS:
+        raise ConfigError(f"{path}: _class_name is {name!r}", allowed=", ".join(SCHEDULERS), hint=nearest(str(name), SCHEDULERS) or "")
+    solver, schema = SCHEDULERS[name]
+    cfg: Any = schema.parse({k: v for k, v in values.items() if not k.startswith("_")}, str(path))
+    process = gaussian(
+        learned,
+        num_train_steps=cfg.num_train_timesteps,
+        schedule=cfg.beta_schedule,
+        beta_range=None if cfg.beta_schedule == "squaredcos_cap_v2" else [cfg.beta_start, cfg.beta_end],
+        prediction=_PREDICTION[cfg.prediction_type],
+        **({"variance": cfg.variance_type} if not learned and getattr(cfg, "variance_type", "").startswith("fixed") else {}),
+    )
+    options = {"spacing": cfg.timestep_spacing, "clip": cfg.clip_sample}
+    return process, Sampling(solver=solver, num_inference_steps=50, guidance={"scale": 4.0}, options=options)
+
+
+def gaussian(learned: bool, **values: Any) -> Part:
+    """The Gaussian process; with "learned" variance where the network has channels for it."""
+    return Part(name="gaussian", config={"variance": "learned" if learned else "fixed_large", **values})

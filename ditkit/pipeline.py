@@ -1,0 +1,337 @@
+"""The pipeline: a model, its process and its codec, from class labels to pictures.
+
+    pipe = ditkit.from_pretrained("runs/digits")
+    pipe(class_labels=[3, 7], num_images=16, guidance_scale=2.0, seed=0).save("out.png")
+
+Picture k of a call has the seed ``seed + k``; it is the same in any batch, to rounding, and bit-equal alone with that seed.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import ditkit
+from ditkit.bundle import BundleConfig, MethodPart, Opened, Validity, find_bundle, open_bundle, write_bundle
+from ditkit.codecs import codec_from, load_codec
+from ditkit.codecs.base import Codec
+from ditkit.core.backbone import Backbone, count_graphs
+from ditkit.core.errors import ConfigError, DitkitError
+from ditkit.core.method import Method
+from ditkit.core.run import Run
+from ditkit.core.view import allow_graphs, compile_view, with_methods
+from ditkit.diffusion import noise
+from ditkit.diffusion.guidance import Guidance, guided
+from ditkit.diffusion.process import Process, process_from
+from ditkit.diffusion.solvers import SOLVERS
+from ditkit.finite import NotFinite, Watch, find_module, finite
+from ditkit.loading import choose, load_model, shapes_of
+from ditkit.output import Output, read_record, to_images
+from ditkit.request import MAX_SEED, Request, choose_guidance, expand_labels, find_solver, whole
+
+log = logging.getLogger("ditkit")
+
+
+class Pipeline:
+    """Samples a class-conditional model. Immutable: ``with_methods`` and ``compile`` return other pipelines over the same weights.
+
+    Args:
+        model: a backbone or a view of one.
+        config: as in a bundle's ``config.json``.
+        codec: by default the one that ``config`` names.
+        source: SHA-256 of the files that the weights came from; "" for a model that was never saved.
+        valid_for: what the learned states of methods were made for, by label.
+    """
+
+    def __init__(
+        self,
+        model: Backbone,
+        config: BundleConfig,
+        *,
+        codec: Codec | None = None,
+        source: str = "",
+        valid_for: Mapping[str, Validity] | None = None,
+    ) -> None:
+        self.model = self.eager = model
+        self.config, self.source, self.valid_for = config, source, dict(valid_for or {})
+        self.process: Process = process_from(config.process.name, config.process.config)
+        self._graphs: dict[int, int] = {}  # number of steps -> graphs of the compiled model
+        self.guidance = Guidance.parse(config.sampling.guidance, "sampling.guidance")
+        self.codec = codec if codec is not None else _codec(config)
+        _check_channels(model, self.process, self.codec, config)
+        find_solver(config.sampling.solver)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, dtype: Any = "auto", device: Any = "auto", methods: Sequence[Method] = ()) -> Pipeline:
+        """Read a bundle, a bundle that ditkit ships (by name), or a diffusers folder.
+
+        Args:
+            dtype, device: "auto" is the GPU where there is one, fp32 on the CPU, bf16 on a GPU.
+            methods: attached while loading: one that drops weights (int8) then never has both in memory.
+
+        Raises:
+            ConfigError, WeightsError: a file, key, tensor or value that does not fit, by name.
+            Conflict: methods that cannot meet.
+        """
+        opened = open_model(folder)
+        kind, where = choose(dtype, device)
+        model, valid_for = load_model(opened, kind, where, methods)
+        codec = None if opened.codec is None else load_codec(opened.codec)
+        return cls(model, opened.config, codec=codec, source=opened.hash, valid_for=valid_for)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def with_methods(self, *methods: Method) -> Pipeline:
+        """This pipeline with methods attached, over the same weights. Raises Conflict where they cannot meet."""
+        return self._like(with_methods(self.eager, *methods))
+
+    def compile(self, grain: str = "block", **options: Any) -> Pipeline:
+        """This pipeline compiled; ``grain`` and ``options`` as for ``ditkit.core.view.compile_view``.
+
+        The number of graphs follows from the schedule; it is logged, and dynamo's limit is raised to it.
+        """
+        other = self._like(self.eager)
+        other.model = compile_view(self.eager, grain, **options)
+        other._allow_graphs(self.config.sampling.num_inference_steps)
+        return other
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a bundle: the base's weights, the list of methods, their states and what they were made for."""
+        view, base = self.eager, self.eager.__dict__.get("_root", self.eager)
+        parts = tuple(MethodPart(name=m.name, label=m.label, config=m.config.to_dict()) for m in view.attached)
+        dtype = str(next(base.parameters()).dtype).removeprefix("torch.")
+        config = BundleConfig.parse({**self.config.to_dict(), "dtype": dtype, "methods": [p.to_dict() for p in parts]})
+        tensors = {k: v for k, v in base.state_dict().items() if not k.startswith("methods.")}
+        if {k: tuple(v.shape) for k, v in tensors.items()} != shapes_of(config.backbone):
+            raise DitkitError("the base weights are gone: a method replaced them while loading", hint="copy the bundle that was loaded")
+        states = {f"methods.{k}": v for k, v in view.methods.state_dict().items()}
+        learned = {m.label: self.valid_for.get(m.label) or Validity.of(config, m) for m in view.attached if m.state_dict()}
+        write_bundle(folder, config, {**tensors, **states}, learned, self.codec)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | Sequence[int] | None = None,
+        *,
+        num_images: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int = 0,
+        solver: str | None = None,
+        guidance: Guidance | str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int | None = None,
+        progress: bool = True,
+    ) -> Output:
+        """Make pictures. What is not given is the bundle's default.
+
+        Args:
+            class_labels: one label, or several; each is used ``num_images / len(class_labels)`` times, in the order 3, 3, 7, 7.
+                None: all classes in turn.
+            num_images: pictures in all; by default one for each label.
+            guidance_scale: s in u + s (c - u): 0 is unconditional, 1 conditional.
+            seed: of the first picture; picture k has ``seed + k``.
+            solver: a name of ``ditkit.diffusion.solvers.SOLVERS``.
+            guidance: settings, or a preset: "none" (conditional), "all" channels, "first-three" (released DiT and SiT).
+            height, width: of the pictures; by default those of the training data.
+            batch_size: pictures at a time; by default at most 64.
+
+        Raises:
+            DitkitError: a value out of range, by name; or the step and the module at which a number was not finite.
+        """
+        labels = expand_labels(class_labels, num_images, self.model.config.num_classes)
+        default = self.config.sampling
+        steps = default.num_inference_steps if num_inference_steps is None else num_inference_steps
+        whole("seed", seed, 0, MAX_SEED - len(labels))
+        pixels, latent = self._size(height, width)
+        request = Request(
+            labels=labels,
+            seeds=[seed + k for k in range(len(labels))],
+            num_inference_steps=whole("num_inference_steps", steps, 1, self._max_steps()),
+            solver=find_solver(solver or default.solver),
+            guidance=choose_guidance(self.guidance, guidance, guidance_scale),
+            size=pixels,
+            latent=latent,
+            batch_size=whole("batch_size", min(len(labels), 64) if batch_size is None else batch_size, 1, 1 << 20),
+        )
+        for label, valid in self.valid_for.items():
+            valid.check_run(label, request.solver, request.num_inference_steps)
+        return self._answer(request, progress)
+
+    def _answer(self, request: Request, progress: bool) -> Output:
+        start = time.perf_counter()
+        steps, count = request.num_inference_steps, len(list(request.batches()))
+        parts: list[Tensor] = []
+        report: dict[str, Any] = {}
+        with tqdm(total=steps * count, unit="step", disable=not progress, delay=1, leave=False) as bar:
+            for batch in request.batches():
+                x, report = self._guarded(request, batch, bar)
+                parts.append(self._decode(x))
+        x = torch.cat(parts)
+        seconds = time.perf_counter() - start
+        return Output(x, to_images(x), request.seeds, self._record(request), {"seconds": seconds, "batches": count, "methods": report})
+
+    def remake(self, picture: str | Path | Mapping[str, Any]) -> Output:
+        """Make one picture again from its record, or from the PNG that carries it."""
+        record = read_record(picture) if isinstance(picture, str | Path) else dict(picture)
+        missing = {"class_label", "seed", "bundle", "methods", "solver", "num_inference_steps", "guidance", "size"} - set(record)
+        if missing:
+            raise DitkitError(f"the record lacks {', '.join(sorted(missing))}", allowed="the record of one picture")
+        for key, mine in (("bundle", self.source), ("methods", self._methods())):
+            if record[key] != mine:
+                raise DitkitError(f"the picture was made with {key} {record[key]!r}", allowed=f"{mine!r}, which this pipeline has")
+        height, width = record["size"]
+        return self(
+            record["class_label"],
+            seed=record["seed"],
+            solver=record["solver"],
+            num_inference_steps=record["num_inference_steps"],
+            guidance=Guidance.parse(record["guidance"], "guidance"),
+            height=height,
+            width=width,
+        )
+
+    # the call, step by step
+
+    def _max_steps(self) -> int:
+        return int(getattr(self.process.config, "num_train_steps", 1000)) if self.process.name == "gaussian" else 10_000
+
+    def _size(self, height: int | None, width: int | None) -> tuple[tuple[int, int], tuple[int, int, int]]:
+        """Height and width of the pictures, and the shape that the network sees."""
+        trained = self.config.data.shape[1:]
+        height, width = trained[0] if height is None else height, trained[1] if width is None else width
+        multiple = self.codec.factor * getattr(self.model.config, "patch_size", 1)
+        for name, side in (("height", height), ("width", width)):
+            whole(name, side, 1, 1 << 16)
+            if side % multiple:
+                low = side // multiple * multiple
+                near = f"{low} or {low + multiple}" if low else f"{multiple}"
+                raise DitkitError(f"{name} is {side}", allowed=f"multiples of {multiple}", hint=f"use {near}")
+        if (height, width) != tuple(trained):
+            log.warning("the model was trained on %s x %s; it is asked for %s x %s", *trained, height, width)
+        return (height, width), self.codec.latent_shape((self.codec.in_channels, height, width))
+
+    def _guarded(self, request: Request, batch: slice, bar: Any) -> tuple[Tensor, dict[str, Any]]:
+        """One batch; where a number is not finite, the batch is run again to find the module, and DitkitError names it."""
+        try:
+            return self._sample(self.model, request, batch, bar)
+        except NotFinite as error:
+            step = error.step
+        module = find_module(self.eager, lambda: self._sample(self.eager, request, batch))
+        raise DitkitError(
+            f"step {step + 1} of {request.num_inference_steps}: the output of {module or 'the model'} is not finite",
+            hint="check the weights and the settings of methods; in fp16 or bf16, try dtype='float32'",
+        )
+
+    def _sample(self, model: Backbone, request: Request, batch: slice, bar: Any = None) -> tuple[Tensor, dict[str, Any]]:
+        """Latents of one batch, and the methods' reports."""
+        if model is not self.eager:
+            self._allow_graphs(request.num_inference_steps)
+        watch = Watch()
+        device, seeds = self.device, request.seeds[batch]
+        cond = {"y": torch.tensor(request.labels[batch], device=device)}
+        null = model.null(cond["y"]) if request.guidance.scale != 1 else None  # type: ignore[operator]
+        run = Run(model, request.num_inference_steps)
+        inner = guided(model, self.process, request.guidance, run, cond, null)
+
+        def denoise(x: Tensor, t: Any) -> Tensor:
+            output = inner(x, t)
+            watch.see(run.step, output)
+            if bar is not None and run.step >= bar.n % run.num_steps:
+                bar.update(run.step + 1 - bar.n % run.num_steps)
+            return output
+
+        x = self.process.start(noise.normal(seeds, 0, "start", request.latent).to(device))
+        options = self.config.sampling.options if request.solver == self.config.sampling.solver else {}
+        x = SOLVERS[request.solver](denoise, x, self.process, run, noise.source(seeds, x), **options)
+        watch.end()
+        return x, run.finish()
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Latents -> x in [-1, 1] on the CPU."""
+        if not finite(latents):
+            raise DitkitError("the solver's result is not finite", hint="more steps, or a smaller guidance scale")
+        x = self.codec.to(latents.device).decode(latents)
+        if not finite(x):
+            bad = int((~torch.isfinite(x)).sum())
+            raise DitkitError(f"after the last step: the output of codec.{self.codec.name} is not finite ({bad} values)")
+        return x.float().clamp(-1, 1).cpu()
+
+    def _record(self, request: Request) -> dict[str, Any]:
+        return {
+            "bundle": self.source,
+            "class_labels": request.labels,
+            "seeds": request.seeds,
+            "num_inference_steps": request.num_inference_steps,
+            "solver": request.solver,
+            "guidance": request.guidance.to_dict(),
+            "size": list(request.size),
+            "methods": self._methods(),
+            "process": self.config.process.to_dict(),
+            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "versions": {"ditkit": ditkit.__version__, "torch": torch.__version__},
+        }
+
+    def _methods(self) -> list[dict[str, Any]]:
+        return [{"name": m.name, "label": m.label, "config": m.config.to_dict()} for m in self.eager.attached]
+
+    def _like(self, model: Backbone) -> Pipeline:
+        return Pipeline(model, self.config, codec=self.codec, source=self.source, valid_for=self.valid_for)
+
+    def _allow_graphs(self, num_steps: int) -> None:
+        if num_steps not in self._graphs:
+            self._graphs[num_steps] = count_graphs(self.model, num_steps)
+            log.info("%d graphs for %d steps", self._graphs[num_steps], num_steps)
+            allow_graphs(2 * self._graphs[num_steps])
+
+
+def open_model(folder: str | Path) -> Opened:
+    """Open a bundle, a shipped bundle by name, or a diffusers folder. A single weight file is refused with the command that converts it."""
+    path = find_bundle(folder)
+    if path.is_file():
+        raise DitkitError(f"{path} is a file", allowed="a bundle or a diffusers folder", hint=f"ditkit convert {path} OUT_FOLDER")
+    from ditkit.interop.layouts import is_diffusers, open_diffusers
+
+    return open_diffusers(path) if is_diffusers(path) else open_bundle(path)
+
+
+def from_pretrained(folder: str | Path, **options: Any) -> Pipeline:
+    """``Pipeline.from_pretrained``."""
+    return Pipeline.from_pretrained(folder, **options)
+
+
+def _codec(config: BundleConfig) -> Codec:
+    values = config.codec.config
+    if config.codec.name == "identity" and not values:
+        values = {"channels": config.data.shape[0]}
+    return codec_from(config.codec.name, values)
+
+
+def _check_channels(model: Backbone, process: Process, codec: Codec, config: BundleConfig) -> None:
+    """Data, codec, network and process must fit together."""
+    shape, cfg = config.data.shape, model.config
+    if len(shape) != 3 or min(shape) < 1:
+        raise ConfigError(f"data.shape is {shape}", allowed="(C, H, W)")
+    want = {
+        "data.shape[0]": (shape[0], codec.in_channels),
+        "backbone in_channels": (cfg.in_channels, codec.channels),
+        "backbone out_channels": (cfg.out_channels, process.output_channels(codec.channels)),
+    }
+    for name, (value, fits) in want.items():
+        if value != fits:
+            raise ConfigError(f"{name} is {value}", allowed=f"{fits}, with codec {codec.name} and process {process.name}")
+
+
+__all__ = ["Output", "Pipeline", "from_pretrained"]

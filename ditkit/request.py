@@ -1,0 +1,89 @@
+"""What a caller of a pipeline asks for, checked: one clear error for each value that does not fit."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ditkit.core.errors import DitkitError, nearest
+from ditkit.diffusion.guidance import Guidance
+from ditkit.diffusion.solvers import SOLVERS
+
+MAX_SEED = 2**63 - 1
+PRESETS: dict[str, dict[str, Any]] = {
+    "none": {"scale": 1.0},
+    "all": {"channels": "all"},
+    "first-three": {"channels": 3},
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A call with everything decided and checked."""
+
+    labels: list[int]  # one for each picture
+    seeds: list[int]
+    num_inference_steps: int
+    solver: str
+    guidance: Guidance
+    size: tuple[int, int]  # of the pictures
+    latent: tuple[int, int, int]  # (c, h, w) that the network sees
+    batch_size: int
+
+    def batches(self) -> Iterator[slice]:
+        """The pictures, batch by batch."""
+        for start in range(0, len(self.seeds), self.batch_size):
+            yield slice(start, start + self.batch_size)
+
+
+def expand_labels(class_labels: int | Sequence[int] | None, num_images: int | None, num_classes: int) -> list[int]:
+    """One label for each picture, in the order p0, p0, p1, p1. Raises DitkitError for labels and counts that do not fit."""
+    if num_images is not None:
+        whole("num_images", num_images, 1, 1 << 20)
+    if class_labels is None:
+        return [k % num_classes for k in range(num_images or num_classes)]
+    labels = list(class_labels) if isinstance(class_labels, Sequence | Tensor) else [class_labels]
+    labels = [whole("class label", y, 0, num_classes - 1) for y in labels]
+    count = len(labels) if num_images is None else num_images
+    if not labels or count % len(labels):
+        raise DitkitError(f"{count} images for {len(labels)} class labels", allowed="a multiple of the number of labels")
+    return [y for y in labels for _ in range(count // len(labels))]
+
+
+def choose_guidance(default: Guidance, guidance: Guidance | str | None, scale: float | None) -> Guidance:
+    """The default, changed by a preset or replaced, at the given scale."""
+    if isinstance(guidance, str):
+        if guidance not in PRESETS:
+            raise DitkitError(f"guidance is {guidance!r}", allowed=", ".join(PRESETS), hint=nearest(guidance, PRESETS))
+        if guidance == "none" and scale not in (None, 1):
+            raise DitkitError(f"guidance 'none' with guidance_scale {scale}", allowed="one of them", hint="'none' is conditional: scale 1")
+        guidance = Guidance.parse({**default.to_dict(), **PRESETS[guidance]}, "guidance")
+    chosen = default if guidance is None else guidance
+    return chosen if scale is None else Guidance.parse({**chosen.to_dict(), "scale": float(scale)}, "guidance")
+
+
+def whole(name: str, value: Any, low: int, high: int) -> int:
+    """``value`` as an integer from ``low`` to ``high``; raises DitkitError naming it."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = low - 1
+    if isinstance(value, bool) or not low <= number <= high:
+        raise DitkitError(f"{name} is {value!r}", allowed=f"whole numbers from {low} to {high}")
+    return number
+
+
+def find_solver(name: str) -> str:
+    """``name``, if there is such a solver."""
+    if name not in SOLVERS:
+        raise DitkitError(f"there is no solver {name!r}", allowed=", ".join(SOLVERS), hint=nearest(name, SOLVERS))
+    return name
+
+
+def expand(cond: Mapping[str, Tensor], copies: int) -> dict[str, Tensor]:
+    """Conditioning of P prompts, each tensor (P, ...), for ``copies`` pictures of each: all of them in the order p0, p0, p1, p1."""
+    return {name: value.repeat_interleave(copies, 0) for name, value in cond.items()}
