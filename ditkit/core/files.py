@@ -239,6 +239,13 @@ def _entry(name: str, value: Any) -> TensorEntry:
     return TensorEntry(dtype, tuple(shape), *offsets)
 
 
+def fingerprint(value: Tensor) -> str:
+    """SHA-256 of a tensor's dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{_NAMES.get(value.dtype, value.dtype)} {list(value.shape)} ".encode())
+    digest.update(_bytes(value))
+    return digest.hexdigest()
+
+
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, atomically; equal content gives equal bytes.
 
@@ -261,9 +268,13 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     with atomic_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            if tensors[name].numel():
-                raw = tensors[name].detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-                file.write(raw.numpy().data)
+            file.write(_bytes(tensors[name]))
+
+
+def _bytes(value: Tensor) -> Any:
+    if not value.numel():
+        return b""
+    return value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_json(path: str | Path, data: Any) -> None:

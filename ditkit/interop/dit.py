@@ -173,11 +173,25 @@ class DiffusersDiT(Config):
     attention_type: Literal["default"] = "default"
 
 
-def config_from_diffusers(values: Mapping[str, Any], where: str = "config.json") -> DiTConfig:
-    """diffusers' configuration in our words. Raises ConfigError for keys and values that we do not know."""
+class Ours(Config):
+    """What our export leaves under ``_ditkit`` in diffusers' config.json, which diffusers ignores: how the weights were trained."""
+
+    time_freq_shift: Literal[0, 1] = 1
+    mlp_norm_eps: float = 1e-5
+
+
+def config_from_diffusers(values: Mapping[str, Any], where: str = "config.json", as_released: bool = False) -> DiTConfig:
+    """diffusers' configuration in our words, computing what diffusers computes. Raises ConfigError for keys and values that we do not know.
+
+    diffusers divides by 127 where the released code divides by 128 in the exponents of the time code, and has another epsilon in
+    one norm. Weights that were converted from released ones were trained without: ``as_released``, or our export's note in the file.
+    """
     from ditkit.backbones.dit import DiTConfig
 
     cfg = DiffusersDiT.parse({k: v for k, v in values.items() if not k.startswith("_")}, where)
+    ours = Ours(time_freq_shift=0, mlp_norm_eps=1e-6) if as_released else Ours(mlp_norm_eps=cfg.norm_eps)
+    if "_ditkit" in values and not as_released:
+        ours = Ours.parse(values["_ditkit"], f"{where}: _ditkit")
     return DiTConfig(
         input_size=(cfg.sample_size, cfg.sample_size),
         in_channels=cfg.in_channels,
@@ -187,13 +201,12 @@ def config_from_diffusers(values: Mapping[str, Any], where: str = "config.json")
         depth=cfg.num_layers,
         num_heads=cfg.num_attention_heads,
         num_classes=cfg.num_embeds_ada_norm,
-        mlp_norm_eps=cfg.norm_eps,
-        time_freq_shift=1,
+        **ours.to_dict(),
     )
 
 
 def config_to_diffusers(config: DiTConfig) -> dict[str, Any]:
-    """Our configuration as arguments of DiTTransformer2DModel. Raises DitkitError for shapes that diffusers' DiT cannot have."""
+    """Our configuration as diffusers' config.json. Raises DitkitError for shapes that diffusers' DiT cannot have."""
     h, w = config.input_size
     if h != w or config.mlp_ratio != 4.0:
         raise DitkitError(
@@ -211,4 +224,28 @@ def config_to_diffusers(config: DiTConfig) -> dict[str, Any]:
         patch_size=config.patch_size,
         num_embeds_ada_norm=config.num_classes,
         norm_eps=config.mlp_norm_eps,
+        _class_name="DiTTransformer2DModel",
+        **({} if config.time_freq_shift else {"_ditkit": {"time_freq_shift": 0, "mlp_norm_eps": config.mlp_norm_eps}}),
+    )
+
+
+def constructor_of(config: DiTConfig) -> Constructor:
+    """Our configuration as arguments of the released classes. Raises DitkitError for shapes that they cannot have."""
+    h, w = config.input_size
+    if h != w or config.out_channels not in (config.in_channels, 2 * config.in_channels):
+        raise DitkitError(
+            f"input_size {config.input_size}, out_channels {config.out_channels}",
+            allowed=f"a square, and {config.in_channels} or {2 * config.in_channels}: the released code has no other",
+        )
+    return Constructor(
+        input_size=h,
+        patch_size=config.patch_size,
+        in_channels=config.in_channels,
+        hidden_size=config.dim,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        mlp_ratio=config.mlp_ratio,
+        class_dropout_prob=0.1 if config.null_label else 0.0,
+        num_classes=config.num_classes,
+        learn_sigma=config.out_channels != config.in_channels,
     )

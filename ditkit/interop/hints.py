@@ -16,4 +16,9 @@ class Hints(Config):
     weights: Literal["ema", "model"] = Field("ema", description="which weights of a training checkpoint that holds both")
     num_heads: int | None = Field(None, ge=1, description="attention heads; known for the published sizes")
     null_label: bool = Field(True, description="the last row of the label table stands for no label")
+    as_released: bool = Field(
+        False,
+        description="a diffusers DiT: compute the time code and norms as the released code does, not as diffusers does, because its "
+        "weights were converted from released ones",
+    )
     input_size: tuple[int, int] | None = Field(None, description="height and width in latent pixels; square where not given")

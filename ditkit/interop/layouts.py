@@ -10,7 +10,7 @@ from typing import Any
 from ditkit.bundle import BundleConfig, DataCard, Opened, Part
 from ditkit.core.config import Config, read_data
 from ditkit.core.errors import ConfigError, DitkitError, WeightsError, nearest
-from ditkit.core.files import TensorFile, folder_hash
+from ditkit.core.files import MANIFEST, TensorFile, folder_hash, verify_manifest
 from ditkit.loading import shapes_of
 
 from . import dit
@@ -32,18 +32,23 @@ def is_diffusers(folder: Path) -> bool:
     return (folder / "config.json").is_file() and "_class_name" in _json(folder / "config.json")
 
 
-def open_diffusers(folder: Path) -> Opened:
+def open_diffusers(folder: Path, as_released: bool = False) -> Opened:
     """Check configuration, names and shapes of a diffusers folder; weights are read from ``tensors`` of the result.
+
+    Args:
+        as_released: see ``Hints``.
 
     Raises:
         ConfigError, WeightsError: an unknown class, key or value; a tensor missing, extra or misshapen; weights only as pickle.
     """
+    if (folder / MANIFEST).is_file():
+        verify_manifest(folder)
     labels: tuple[str, ...] = ()
     transformer = folder
     if (folder / "model_index.json").is_file():
         labels = _read_index(folder / "model_index.json")
         transformer = folder / "transformer"
-    backbone, tables, cfg = read_transformer(transformer / "config.json")
+    backbone, tables, cfg = read_transformer(transformer / "config.json", as_released)
     files = ShardedFile(transformer)
     part = Part(name=backbone, config=cfg.to_dict())
     tensors = Renamed(str(transformer), files.shapes, files.read, tables.diffusers_table(cfg), shapes_of(part))
@@ -59,7 +64,7 @@ def open_diffusers(folder: Path) -> Opened:
     return Opened(folder, bundle, tensors, folder_hash(transformer, ["config.json", *files.names]))
 
 
-def read_transformer(path: Path) -> tuple[str, ModuleType, Any]:
+def read_transformer(path: Path, as_released: bool = False) -> tuple[str, ModuleType, Any]:
     """Of the class that a transformer's config.json names: our backbone, its tables, its configuration in our words."""
     values = _json(path)
     name = values.get("_class_name")
@@ -67,7 +72,7 @@ def read_transformer(path: Path) -> tuple[str, ModuleType, Any]:
         hint = nearest(str(name), CLASSES)
         raise ConfigError(f"{path}: _class_name is {name!r}", allowed=", ".join(CLASSES), hint=hint or "this architecture is not supported")
     backbone, tables = CLASSES[name]
-    return backbone, tables, tables.config_from_diffusers(values, str(path))
+    return backbone, tables, tables.config_from_diffusers(values, str(path), as_released)
 
 
 class _WeightIndex(Config):
