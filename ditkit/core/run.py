@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass
@@ -150,8 +151,12 @@ class Run:
         return prediction
 
     def finish(self) -> dict[str, dict[str, Any]]:
-        """The run is over: each method's figures, by label."""
-        return {m.label: figures for m in self.methods if (figures := m.finish(self))}
+        """The run is over: each method's figures, by label. A cache that reused nothing is a warning, not a silent slowdown."""
+        report = {m.label: figures for m in self.methods if (figures := m.finish(self))}
+        for label, figures in report.items():
+            if figures.get("hits") == 0:
+                warnings.warn(f"{label} is on and reused nothing in {self.num_steps} steps: its settings do not fit this run", stacklevel=2)
+        return report
 
 
 def gather(slots: Slots, mode: Hashable, method: Method, s: Streams) -> Slots:

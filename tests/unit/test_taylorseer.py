@@ -90,4 +90,4 @@ def test_second_difference_by_hand() -> None:
 
 def test_report_counts_full_steps() -> None:
     run = Run(with_methods(DiT.tiny(), TaylorSeer(interval=5)), 20)
-    assert run.finish() == {"taylorseer": {"full_steps": 6, "steps": 20}}
+    assert run.finish() == {"taylorseer": {"full_steps": 6, "hits": 14}}

@@ -47,7 +47,7 @@ class FORA(Method):
 
     def finish(self, run: Run) -> dict[str, Any]:
         steps = [s for s in range(run.num_steps) if s == 0 or (run.num_steps - 1 - s) % self.config.interval == 0]
-        return {"full_steps": len(steps), "steps": run.num_steps}
+        return {"full_steps": len(steps), "hits": run.num_steps - len(steps)}
 
     @classmethod
     def tiny(cls) -> list[Method]:

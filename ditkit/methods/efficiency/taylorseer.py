@@ -85,7 +85,7 @@ class TaylorSeer(Method):
 
     def finish(self, run: Run) -> dict[str, Any]:
         steps = [s for s in range(run.num_steps) if s == 0 or self.full(s, run.num_steps)]
-        return {"full_steps": len(steps), "steps": run.num_steps}
+        return {"full_steps": len(steps), "hits": run.num_steps - len(steps)}
 
     @classmethod
     def tiny(cls) -> list[Method]:
