@@ -1,0 +1,104 @@
+"""From a recipe to the parts of a run: data, model with its methods, process, objective, and the bundle they will become."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ditkit import data
+from ditkit.bundle import BundleConfig, DataCard, MethodPart, Part, find_bundle, open_bundle
+from ditkit.core.backbone import Backbone
+from ditkit.core.errors import ConfigError, nearest
+from ditkit.core.view import with_methods
+from ditkit.data import Dataset
+from ditkit.diffusion.process import Process, process_from
+from ditkit.loading import backbone_config, load_model, make_method
+
+from .objectives import Objective, objective_from
+from .recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a recipe builds. ``base_hash``: SHA-256 of the base bundle, if there is one."""
+
+    train: Dataset
+    test: Dataset
+    model: Backbone
+    process: Process
+    objective: Objective
+    card: BundleConfig
+    base_hash: str
+
+
+def build(recipe: Recipe, device: torch.device) -> Parts:
+    """Everything that the recipe names. Initial weights are a function of its seed.
+
+    Raises:
+        DitkitError: a name, a key or a value does not exist or does not fit, or nothing is trainable.
+    """
+    train, test = (data.load(recipe.data.name, split, **recipe.data.config) for split in data.SPLITS)
+    model, process, base_hash = _base(recipe.base) if recipe.base is not None else _new(recipe, train)
+    model.to(device)  # before methods are attached: a view shares its base's parameters
+    if recipe.methods:
+        with torch.random.fork_rng():
+            torch.manual_seed(recipe.trainer.seed)
+            model = with_methods(model, *(make_method(MethodPart(name=m.name, config=m.config, label=m.name)) for m in recipe.methods))
+    choose_trainable(model, recipe.trainable)
+    objective = objective_from(recipe.objective.name, recipe.objective.config, process)
+    return Parts(train, test, model, process, objective, card_of(recipe, model, process, train), base_hash)
+
+
+def _new(recipe: Recipe, train: Dataset) -> tuple[Backbone, Process, str]:
+    network, noise = recipe.backbone or Part(name="dit"), recipe.process or Part(name="flow")
+    process = process_from(noise.name, noise.config)
+    cls, _ = backbone_config(Part(name=network.name))
+    _, config = backbone_config(Part(name=network.name, config={**fitted(cls, train, process), **network.config}), "recipe")
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.trainer.seed)
+        return cls(config), process, ""  # type: ignore[call-arg]
+
+
+def _base(folder: str) -> tuple[Backbone, Process, str]:
+    opened = open_bundle(find_bundle(folder))
+    model, _ = load_model(opened, torch.float32, torch.device("cpu"))
+    return model, process_from(opened.config.process.name, opened.config.process.config), opened.hash
+
+
+def fitted(cls: type[Backbone], train: Dataset, process: Process) -> dict[str, Any]:
+    """What follows from the data and the process, for the keys that the backbone's configuration has."""
+    channels = train.shape[0]
+    values = {
+        "input_size": train.shape[1:],
+        "in_channels": channels,
+        "out_channels": process.output_channels(channels),
+        "num_classes": train.num_classes,
+    }
+    return {k: v for k, v in values.items() if k in cls.config_class.model_fields}
+
+
+def choose_trainable(model: Backbone, patterns: tuple[str, ...]) -> None:
+    """Train the parameters whose names match one of the patterns, freeze the others."""
+    names = [n for n, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ConfigError(
+                f"trainable pattern {pattern!r} matches no parameter", allowed="patterns such as 'blocks.*'", hint=nearest(pattern, names)
+            )
+    for name, p in model.named_parameters():
+        p.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+
+
+def card_of(recipe: Recipe, model: Backbone, process: Process, train: Dataset) -> BundleConfig:
+    """The ``config.json`` of the bundle that training makes."""
+    attached = tuple(MethodPart(name=m.name, label=m.label, config=m.config.to_dict()) for m in model.attached)
+    return BundleConfig(
+        backbone=Part(name=model.name, config=model.config.to_dict()),
+        process=Part(name=process.name, config=process.config.to_dict()),
+        data=DataCard(name=recipe.data.name, shape=tuple(train.shape), labels=tuple(train.labels)),
+        sampling=recipe.sampling,
+        methods=attached,
+    )
