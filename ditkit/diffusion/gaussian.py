@@ -1,6 +1,7 @@
 """The Gaussian process of DDPM (2006.11239) and Improved DDPM (2102.09672), as DiT (2212.09748) trains it.
 
 x_t = sqrt(abar_n) x0 + sqrt(1 - abar_n) eps at the index n = 0 .. T - 1; index n is public t = (n + 1) / T, and t = 0 is data.
+Between these levels log abar is linear in t and the network is told the fractional index (as DPM-Solver does).
 The network says eps (or x0, or v) and, in a second half of its channels, where the log-variance of a reverse step lies
 between that of the posterior and that of the noising step. The variance learns from the variational bound alone.
 """
@@ -128,21 +129,29 @@ class Gaussian(Process):
         cfg = self.config
         betas = make_betas(cfg.schedule, cfg.num_train_steps, cfg.beta_range)
         self.tables = Tables.from_alphas_cumprod((1 - betas).cumprod(0), torch.arange(len(betas)), betas)
-        self._abar = torch.cat([betas.new_ones(1), self.tables.alphas_cumprod])  # entry n + 1, so that entry 0 is data
+        self._log_abar = torch.cat([betas.new_zeros(1), self.tables.alphas_cumprod.log()])  # entry n + 1, so that entry 0 is data
 
     def output_channels(self, channels: int) -> int:
         return 2 * channels if self.config.variance == "learned" else channels
 
     def index(self, t: Time) -> Tensor:
-        """The index n of public time t = (n + 1) / T; -1 is data."""
-        return (as_time(t) * self.config.num_train_steps).round().long() - 1
+        """The nearest index n of public time t = (n + 1) / T."""
+        return (self._place(t).round().long() - 1).clamp(min=0)
+
+    def _place(self, t: Time) -> Tensor:
+        """t T, in float32 or more, on a level where rounding has moved it off one."""
+        place = as_time(t) * self.config.num_train_steps
+        return torch.where((place - place.round()).abs() < 1e-3, place.round(), place)
 
     def coefficients(self, t: Time) -> Coefficients:
-        abar = at(self._abar, self.index(t) + 1)
-        return Coefficients(abar.sqrt(), (1 - abar).sqrt())
+        place = self._place(t)
+        low = place.floor().long().clamp(0, self.config.num_train_steps - 1)
+        start, end = at(self._log_abar, low), at(self._log_abar, low + 1)
+        log_abar = start + (place - low) * (end - start)
+        return Coefficients((log_abar / 2).exp(), (-torch.expm1(log_abar)).sqrt())
 
     def network_time(self, t: Time) -> Tensor:
-        return self.index(t).float()
+        return (self._place(t) - 1).float()
 
     def sample_time(self, u: Tensor) -> Tensor:
         steps = self.config.num_train_steps
@@ -165,13 +174,6 @@ class Gaussian(Process):
         if len(index) != num_steps:
             raise DitkitError(f"spacing {spacing!r} has {len(index)} steps, not {num_steps}", hint=f"num_inference_steps={len(index)}")
         return torch.tensor([*reversed([n + 1 for n in index]), 0], dtype=torch.float64) / steps
-
-    def check_times(self, times: Tensor) -> Tensor:
-        n = times * self.config.num_train_steps
-        if (n - n.round()).abs().max() > 1e-6 * self.config.num_train_steps:
-            off = float(times[(n - n.round()).abs().argmax()])
-            raise DitkitError(f"time {off}", allowed=f"multiples of 1 / {self.config.num_train_steps}: the levels of this process")
-        return times
 
     def predict(self, output: Tensor, x_t: Tensor, t: Time) -> Prediction:
         raw, rest = self.split(output, x_t)

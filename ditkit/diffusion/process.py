@@ -166,11 +166,7 @@ class Process(ABC):
             )
         if not (given.diff() < 0).all() or not 0 <= given[-1] <= given[0] <= 1:
             raise DitkitError(f"times are {given.tolist()}", allowed="strictly decreasing, in [0, 1] (0 is data, 1 is noise)")
-        return self.check_times(given)
-
-    def check_times(self, times: Tensor) -> Tensor:
-        """Refuse explicit times that the process does not have."""
-        return times
+        return given
 
     def refuse_spacing(self, spacing: str) -> DitkitError:
         """The error for a spacing this process does not know."""

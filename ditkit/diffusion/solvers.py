@@ -94,11 +94,11 @@ Clip = Annotated[bool, Field(description="clip predicted data to [-1, 1]; for pi
 @solver("ddpm")
 def ddpm(denoise: Denoise, x: Tensor, process: Process, run: Run, draw: Draw, times: Tensor, *, clip: Clip = False) -> Tensor:
     """Ancestral sampling (2006.11239, algorithm 2), with the learned variance where there is one."""
+    levels = chain(process, times)
     for i in run.steps():
-        t, s = times[i], times[i + 1]
-        p = process.predict(denoise(x, t), x, t)
-        noise = draw(i, "step") if s > 0 else None
-        x = ddpm_step(x, p, process.coefficients(t), process.coefficients(s), noise, clip)
+        p = process.predict(denoise(x, times[i]), x, times[i])
+        noise = draw(i, "step") if times[i + 1] > 0 else None
+        x = ddpm_step(x, p, levels[i], levels[i + 1], noise, clip)
     return x
 
 
@@ -118,11 +118,11 @@ def ddim(
     denoise: Denoise, x: Tensor, process: Process, run: Run, draw: Draw, times: Tensor, *, eta: Eta = 0.0, clip: Clip = False
 ) -> Tensor:
     """DDIM (2010.02502): the probability-flow ODE, exact where the prediction is constant; eta adds noise."""
+    levels = chain(process, times)
     for i in run.steps():
-        t, s = times[i], times[i + 1]
-        p = process.predict(denoise(x, t), x, t)
-        noise = draw(i, "step") if eta and s > 0 else None
-        x = ddim_step(x, p, process.coefficients(t), process.coefficients(s), eta, noise, clip)
+        p = process.predict(denoise(x, times[i]), x, times[i])
+        noise = draw(i, "step") if eta and times[i + 1] > 0 else None
+        x = ddim_step(x, p, levels[i], levels[i + 1], eta, noise, clip)
     return x
 
 
@@ -133,12 +133,10 @@ def ddim_step(
 
     With eta 0 it also goes from s to a noisier t (inversion).
     """
-    eps = p.eps
+    x0, eps = p.x0, p.eps
     if clip:
-        x0 = clipped(p.x0, clip)
+        x0 = clipped(x0, clip)
         eps = (x - like(t.alpha, x) * x0) * like(1 / t.sigma, x)
-    else:
-        x0 = p.x0
     if not eta or noise is None:
         return like(s.alpha, x) * x0 + like(s.sigma, x) * eps
     d = eta * posterior(t, s).small.sqrt()
@@ -152,6 +150,11 @@ def euler(denoise: Denoise, x: Tensor, process: Process, run: Run, draw: Draw, t
         t, s = times[i], times[i + 1]
         x = x + like(s - t, x) * process.predict(denoise(x, t), x, t).velocity
     return x
+
+
+def chain(process: Process, times: Tensor) -> list[Coefficients]:
+    """alpha and sigma at each of the times."""
+    return [Coefficients(alpha, sigma) for alpha, sigma in zip(*process.coefficients(times))]
 
 
 def clipped(x0: Tensor, clip: bool) -> Tensor:

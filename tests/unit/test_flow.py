@@ -1,0 +1,88 @@
+"""Rectified flow: the path, its times, and the shift that is applied once."""
+
+import pytest
+import torch
+
+from ditkit.core.errors import ConfigError, DitkitError
+from ditkit.diffusion.flow import Flow, shift_time
+
+
+def test_the_path_and_its_velocity():
+    flow = Flow()
+    x0, eps = torch.tensor([[2.0]]), torch.tensor([[-1.0]])
+    x_t = flow.add_noise(x0, eps, 0.25)
+    assert float(x_t) == 0.75 * 2 - 0.25
+    p = flow.predict(eps - x0, x_t, 0.25)
+    assert (float(p.x0), float(p.eps), float(p.velocity)) == (2, -1, -3)
+    assert float(flow.loss(eps - x0, x0, eps, 0.25).loss) == 0
+
+
+def test_a_silent_network_on_unit_data_has_loss_two():
+    g = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, 8, 4, 32, 32, generator=g)
+    loss = Flow().loss(torch.zeros_like(x0), x0, eps, torch.rand(8, generator=g)).loss
+    assert float(loss.mean()) == pytest.approx(2, rel=0.03)
+
+
+def test_a03_the_shift_is_applied_once():
+    flow = Flow(shift=3.0)
+    first = flow.times(1000, "linspace")
+    assert first.shape == (1001,)
+    assert float(first[-2]) == pytest.approx(0.002994, abs=5e-7)
+    assert float(first[0]) == 1
+    assert torch.equal(first, flow.times(1000, "linspace"))
+    assert torch.equal(first, Flow(**flow.config.to_dict()).times(1000, "linspace"))
+
+
+def test_explicit_times_are_used_as_given():
+    given = [0.9, 0.5, 0.1]
+    assert Flow(shift=3.0).times(2, times=given).tolist() == given
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [([0.9, 0.1], "3: where each step starts"), ([0.1, 0.5, 0.9], "strictly decreasing"), ([1.1, 0.5, 0.0], r"in \[0, 1\]")],
+)
+def test_explicit_times_are_refused(times, message):
+    with pytest.raises(DitkitError, match=message):
+        Flow().times(2, times=times)
+
+
+def test_times_and_spacing_exclude_each_other():
+    with pytest.raises(DitkitError, match="one of them"):
+        Flow().times(1, "uniform", [1.0, 0.0])
+    with pytest.raises(DitkitError, match="did you mean 'uniform'"):
+        Flow().times(1, "unifrom")
+
+
+def test_shift():
+    t = torch.linspace(0, 1, 11)
+    assert torch.equal(shift_time(t, 1.0), t)
+    assert shift_time(t, 3.0)[[0, 5, -1]].tolist() == pytest.approx([0, 0.75, 1])
+    assert torch.allclose(shift_time(shift_time(t, 3.0), 1 / 3), t)
+
+
+def test_training_times():
+    u = (torch.arange(10_000) + 0.5) / 10_000
+    assert torch.equal(Flow().sample_time(u), u)
+    normal = Flow(time_sampling="logit_normal", logit_mean=0.5, logit_std=2.0).sample_time(u)
+    logits = torch.logit(normal.double())
+    assert float(logits.mean()) == pytest.approx(0.5, abs=1e-2)
+    assert float(logits.std()) == pytest.approx(2, abs=1e-2)
+    ends = Flow(time_sampling="logit_normal").sample_time(torch.tensor([0.0, 1 - 2**-24]))
+    assert ((ends > 0) & (ends < 1)).all()
+    assert torch.allclose(Flow(train_shift=3.0).sample_time(u), shift_time(u, 3.0))
+
+
+def test_what_the_network_is_told():
+    told = {name: float(Flow(network_time=name).network_time(0.25)) for name in ("thousand", "unit", "sit")}
+    assert told == {"thousand": 250.0, "unit": 0.25, "sit": 0.75}
+    with pytest.raises(ConfigError, match="network_time"):
+        Flow(network_time="index")
+
+
+def test_a_half_that_means_nothing_is_left_out():
+    flow = Flow(discard_half=True)
+    assert flow.output_channels(4) == 8
+    output = torch.arange(8.0).reshape(1, 8, 1, 1)
+    assert torch.equal(flow.predict(output, torch.zeros(1, 4, 1, 1), 0.5).velocity, output[:, :4])
