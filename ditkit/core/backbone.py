@@ -156,8 +156,6 @@ class Backbone(nn.Module):
         saved: dict[int, dict[str, Tensor]] = {}
         for ids in self.segments(run):
             row = run.plan()[ids[0]]
-            if row.outside:
-                s = {n: st._replace(x=st.x.clone()) for n, st in s.items()}  # a layer may hold what the block was given
             compute = _Segment(self, ids, run, prepared, saved, old_masks)
             s = onion(compute, row.layers if row.outside else (), "block")(s)
         return s
@@ -203,6 +201,8 @@ class _Segment:
 
     def __call__(self, s: Streams, **extra: Any) -> Streams:
         parts = tuple(self._part(i, s, extra) for i in self.ids)
+        if self.run.plan()[self.ids[0]].outside:  # a layer may hold what it passed in; a block may write into what it got
+            s = {n: st._replace(x=st.x.clone()) for n, st in s.items()}
         done = self.model._call(parts, s)
         for i, part, kept, taps, saved in zip(self.ids, parts, done.kept, done.taps, done.saved):
             for (method, _, _), values in zip(part.layers, kept):
