@@ -22,7 +22,9 @@ TimeConvention = Literal["thousand", "unit", "sit"]
 class FlowConfig(Config):
     """Defaults: uniform times, no shift, and a network that is told 1000 t (SD3, FLUX)."""
 
-    network_time: TimeConvention = Field("thousand", description="what the network is told: thousand: 1000 t; unit: t; sit: 1 - t")
+    network_time: TimeConvention = Field(
+        "thousand", description="what the network is told: thousand: 1000 t; unit: t; sit: 1 - t, and its velocity is along 1 - t too"
+    )
     time_sampling: Literal["uniform", "logit_normal"] = Field("uniform", description="how training times are drawn")
     logit_mean: float = Field(0.0, description="of logit-normal times; above 0 towards noise")
     logit_std: float = Field(1.0, gt=0)
@@ -69,14 +71,18 @@ class Flow(Process):
         return shift_time(t, self.config.shift)
 
     def predict(self, output: Tensor, x_t: Tensor, t: Time) -> Prediction:
-        v, _ = self.split(output, x_t)
+        v = self.velocity(output, x_t)
         t = as_time(t)
         return Prediction(x_t - like(t, x_t) * v, x_t + like(1 - t, x_t) * v, v)
 
     def loss(self, output: Tensor, x0: Tensor, eps: Tensor, t: Time) -> Losses:
-        v, _ = self.split(output, x0)
-        mse = flat_mean((v - (eps - x0)) ** 2)
+        mse = flat_mean((self.velocity(output, x0) - (eps - x0)) ** 2)
         return Losses(mse, {"mse": mse})
+
+    def velocity(self, output: Tensor, x: Tensor) -> Tensor:
+        """dx_t/dt of public time."""
+        v, _ = self.split(output, x)
+        return -v if self.config.network_time == "sit" else v
 
 
 def told(convention: TimeConvention, t: Time) -> Tensor:

@@ -81,6 +81,13 @@ def test_what_the_network_is_told():
         Flow(network_time="index")
 
 
+def test_the_sit_convention_turns_time_and_velocity_around():
+    """SiT runs from noise at 0 to data at 1, and predicts dx/dtau = data - noise."""
+    sit, x0, eps = Flow(network_time="sit"), torch.tensor([[2.0]]), torch.tensor([[-1.0]])
+    assert float(sit.predict(x0 - eps, sit.add_noise(x0, eps, 0.25), 0.25).x0) == 2
+    assert float(sit.loss(x0 - eps, x0, eps, 0.25).loss) == 0
+
+
 def test_a_half_that_means_nothing_is_left_out():
     flow = Flow(discard_half=True)
     assert flow.output_channels(4) == 8
