@@ -124,3 +124,11 @@ def read_data(path: str | Path) -> Any:
         return json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
     except (json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}", hint="correct the file") from None
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The plain data in a piece of YAML, such as a value on the command line; ``where`` is named in errors."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{where} is {text!r}: {str(error).splitlines()[0]}", hint="quote it, or correct it") from None
