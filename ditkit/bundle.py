@@ -129,7 +129,7 @@ def write_bundle(
         valid_for: what each method's state was made for, by label.
         codec: written to ``codec/`` unless it is the identity.
     """
-    from ditkit.core.files import atomic_folder, write_json, write_tensors
+    from ditkit.core.files import atomic_folder, fingerprints, write_json, write_tensors
 
     states: dict[str, dict[str, Tensor]] = {m.label: {} for m in config.methods}
     base: dict[str, Tensor] = {}
@@ -141,7 +141,7 @@ def write_bundle(
             states[label][name.removeprefix(f"{METHODS}.{label}.")] = value
     with atomic_folder(folder) as new:
         write_json(new / CONFIG, config.to_dict())
-        write_tensors(new / MODEL, base, {"dtype": config.dtype})
+        write_tensors(new / MODEL, base, {"dtype": config.dtype, **fingerprints(base)})
         if states:
             (new / METHODS).mkdir()
         for method in config.methods:

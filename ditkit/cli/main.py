@@ -12,6 +12,8 @@ VERBS = {
     "list": "backbones, methods, recipes: what there is",
     "train": "train a recipe",
     "sample": "make pictures with a bundle",
+    "convert": "any layout of weights to any other: released .pt, diffusers folder, bundle",
+    "verify": "check real weights, against diffusers where it has the model",
     "eval": "quality of a bundle's samples",
     "bench": "time, MACs, memory and quality of bundles, interleaved",
     "demo": "train on digits, sample, accelerate, write an HTML report",

@@ -246,6 +246,11 @@ def fingerprint(value: Tensor) -> str:
     return digest.hexdigest()
 
 
+def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Metadata for ``write_tensors`` by which a tensor that is changed later can be named."""
+    return {"sha256": json.dumps({name: fingerprint(value) for name, value in tensors.items()})}
+
+
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, atomically; equal content gives equal bytes.
 

@@ -85,7 +85,7 @@ class Constructor(Config):
     num_classes: int = 1000
     learn_sigma: bool = True
 
-    def to_ours(self) -> DiTConfig:
+    def to_ours(self, ours: Ours | None = None) -> DiTConfig:
         """The same shape in our words."""
         from ditkit.backbones.dit import DiTConfig
 
@@ -101,6 +101,7 @@ class Constructor(Config):
             mlp_ratio=self.mlp_ratio,
             num_classes=self.num_classes,
             null_label=self.class_dropout_prob > 0,
+            **(ours.to_dict() if ours else {}),
         )
 
 
@@ -174,7 +175,7 @@ class DiffusersDiT(Config):
 
 
 class Ours(Config):
-    """What our export leaves under ``_ditkit`` in diffusers' config.json, which diffusers ignores: how the weights were trained."""
+    """What no other layout can say; our exports leave it in a place that others ignore (``_ditkit`` in diffusers' config.json)."""
 
     time_freq_shift: Literal[0, 1] = 1
     mlp_norm_eps: float = 1e-5
@@ -225,8 +226,13 @@ def config_to_diffusers(config: DiTConfig) -> dict[str, Any]:
         num_embeds_ada_norm=config.num_classes,
         norm_eps=config.mlp_norm_eps,
         _class_name="DiTTransformer2DModel",
-        **({} if config.time_freq_shift else {"_ditkit": {"time_freq_shift": 0, "mlp_norm_eps": config.mlp_norm_eps}}),
+        **({} if config.time_freq_shift else {"_ditkit": ours_of(config).to_dict()}),
     )
+
+
+def ours_of(config: DiTConfig) -> Ours:
+    """What no other layout can say."""
+    return Ours(time_freq_shift=config.time_freq_shift, mlp_norm_eps=config.mlp_norm_eps)
 
 
 def constructor_of(config: DiTConfig) -> Constructor:

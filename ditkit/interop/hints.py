@@ -12,7 +12,7 @@ from ditkit.core.config import Config
 class Hints(Config):
     """Told by the user where the file alone leaves a choice."""
 
-    system: Literal["dit", "sit"] = Field("dit", description="released DiT and SiT files look alike: which of the two it is")
+    system: Literal["dit", "sit"] | None = Field(None, description="released DiT and SiT files look alike: which of the two it is")
     weights: Literal["ema", "model"] = Field("ema", description="which weights of a training checkpoint that holds both")
     num_heads: int | None = Field(None, ge=1, description="attention heads; known for the published sizes")
     null_label: bool = Field(True, description="the last row of the label table stands for no label")

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from torch import Tensor
+
 from ditkit.bundle import BundleConfig, DataCard, Opened, Part
 from ditkit.core.config import Config, read_data
 from ditkit.core.errors import ConfigError, DitkitError, WeightsError, nearest
-from ditkit.core.files import MANIFEST, TensorFile, folder_hash, verify_manifest
+from ditkit.core.files import MANIFEST, TensorFile, check_names, folder_hash, verify_manifest
 from ditkit.loading import shapes_of
 
 from . import dit
+from .checkpoints import read_checkpoint
 from .schedulers import read_scheduler
 from .tables import Renamed
 
@@ -23,6 +27,7 @@ CLASSES: dict[str, tuple[str, ModuleType]] = {  # diffusers class -> backbone, i
 }
 PIPELINES = ("DiTPipeline",)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+PICKLED_WEIGHTS = "diffusion_pytorch_model.bin"
 
 
 def is_diffusers(folder: Path) -> bool:
@@ -32,11 +37,12 @@ def is_diffusers(folder: Path) -> bool:
     return (folder / "config.json").is_file() and "_class_name" in _json(folder / "config.json")
 
 
-def open_diffusers(folder: Path, as_released: bool = False) -> Opened:
+def open_diffusers(folder: Path, as_released: bool = False, pickled: bool = False) -> Opened:
     """Check configuration, names and shapes of a diffusers folder; weights are read from ``tensors`` of the result.
 
     Args:
         as_released: see ``Hints``.
+        pickled: also read ``.bin`` files, with torch's weights_only; only ``ditkit convert`` does.
 
     Raises:
         ConfigError, WeightsError: an unknown class, key or value; a tensor missing, extra or misshapen; weights only as pickle.
@@ -49,7 +55,7 @@ def open_diffusers(folder: Path, as_released: bool = False) -> Opened:
         labels = _read_index(folder / "model_index.json")
         transformer = folder / "transformer"
     backbone, tables, cfg = read_transformer(transformer / "config.json", as_released)
-    files = ShardedFile(transformer)
+    files = open_weights(transformer, pickled)
     part = Part(name=backbone, config=cfg.to_dict())
     tensors = Renamed(str(transformer), files.shapes, files.read, tables.diffusers_table(cfg), shapes_of(part))
     process, sampling = read_scheduler(folder / "scheduler" / "scheduler_config.json", learned=cfg.out_channels == 2 * cfg.in_channels)
@@ -80,34 +86,47 @@ class _WeightIndex(Config):
     weight_map: dict[str, str]
 
 
-class ShardedFile:
-    """The weights of a diffusers model: one safetensors file, or several with an index. A ``Source`` by their names."""
+@dataclass(frozen=True)
+class ModelFiles:
+    """The weights of a diffusers model by their names: a ``Source`` over one file or several."""
 
-    def __init__(self, folder: Path) -> None:
-        index = folder / f"{WEIGHTS}.index.json"
-        if index.is_file():
-            where = _WeightIndex.parse(read_data(index), str(index)).weight_map
-            self.names = sorted({*where.values()})
-            if bad := [n for n in self.names if Path(n).name != n]:
-                raise WeightsError(f"{index} names the file {bad[0]!r}", allowed="files beside it")
-        elif (folder / WEIGHTS).is_file():
-            where, self.names = {}, [WEIGHTS]
-        else:
-            pickled = sorted(p.name for p in folder.glob("*.bin"))
-            what = f"holds its weights only as pickle ({pickled[0]})" if pickled else f"holds no {WEIGHTS}"
-            hint = f"ditkit convert {folder} OUT_FOLDER" if pickled else "download the folder again"
-            raise WeightsError(f"{folder} {what}", allowed="safetensors", hint=hint)
-        files = {name: TensorFile(folder / name) for name in self.names}
-        self._home = {tensor: file for file in files.values() for tensor in file.entries}
+    names: list[str]  # of the files
+    homes: Mapping[str, TensorFile | Mapping[str, Tensor]]  # tensor -> where it is
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape."""
+        return {n: home.shapes[n] if isinstance(home, TensorFile) else tuple(home[n].shape) for n, home in self.homes.items()}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, finite throughout."""
+        home = self.homes[name]
+        return home.read(name) if isinstance(home, TensorFile) else home[name]
+
+
+def open_weights(folder: Path, pickled: bool = False) -> ModelFiles:
+    """The weight files of a diffusers model folder: safetensors, in one piece or with an index; pickle where ``pickled``."""
+    index, single, old = folder / f"{WEIGHTS}.index.json", folder / WEIGHTS, folder / PICKLED_WEIGHTS
+    if index.is_file():
+        where = _WeightIndex.parse(read_data(index), str(index)).weight_map
+        if bad := [n for n in where.values() if Path(n).name != n]:
+            raise WeightsError(f"{index} names the file {bad[0]!r}", allowed="files beside it")
+        files = {name: TensorFile(folder / name) for name in sorted({*where.values()})}
+        found = {tensor: file for file in files.values() for tensor in file.entries}
+        check_names(index, where, found)
         for tensor, name in where.items():
             if tensor not in files[name].entries:
                 raise WeightsError(f"{folder / name} lacks {tensor!r}", allowed=f"what {index.name} says", hint="download the folder again")
-        self.shapes = {name: shape for file in files.values() for name, shape in file.shapes.items()}
-        self.metadata = {key: value for file in files.values() for key, value in file.metadata.items()}
-
-    def read(self, name: str) -> Any:
-        """One tensor, finite throughout."""
-        return self._home[name].read(name)
+        return ModelFiles([*files, index.name], found)
+    if single.is_file():
+        file = TensorFile(single)
+        return ModelFiles([WEIGHTS], dict.fromkeys(file.entries, file))
+    if not old.is_file():
+        raise WeightsError(f"{folder} holds no {WEIGHTS}", hint="download the folder again")
+    if not pickled:
+        raise WeightsError(f"{old} is pickle", allowed="safetensors", hint=f"ditkit convert {folder} OUT_FOLDER")
+    tensors = read_checkpoint(old)
+    return ModelFiles([PICKLED_WEIGHTS], dict.fromkeys(tensors, tensors))
 
 
 def _json(path: Path) -> Mapping[str, Any]:

@@ -1,58 +1,43 @@
-"""Checkpoints of the released DiT and SiT code, opened as if they were bundles. Only ``ditkit convert`` and ``verify`` read them.
-
-Pickle is read with torch's ``weights_only`` and no fallback: a file that holds anything but tensors, plain data and the
-``argparse.Namespace`` of the training script is refused.
-"""
+"""Checkpoints of the released DiT and SiT code, opened as if they were bundles. Only ``ditkit convert`` and ``verify`` read them."""
 
 from __future__ import annotations
 
-import argparse
-import pickle
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import Any, Literal
 
 from ditkit.bundle import BundleConfig, DataCard, Opened, Part, Sampling
+from ditkit.core.config import Config
 from ditkit.core.errors import DitkitError, WeightsError
-from ditkit.core.files import check_finite, folder_hash, read_tensors
+from ditkit.core.files import TensorFile, folder_hash
 from ditkit.loading import shapes_of
 
 from . import dit
+from .checkpoints import read_checkpoint
 from .hints import Hints
 from .schedulers import gaussian
 from .tables import Renamed
 
-PICKLED = (".pt", ".pth", ".ckpt", ".bin")
+
+class Note(Config):
+    """What our export leaves in the metadata of a released layout, which does not say it."""
+
+    system: Literal["dit", "sit"]
+    constructor: dit.Constructor
+    ours: dit.Ours
 
 
-def read_checkpoint(path: Path, weights: str = "ema") -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` file or of a pickled checkpoint; of a training checkpoint, those of ``weights``.
-
-    Raises:
-        WeightsError: the file cannot be read safely, holds no tensors, or a tensor is not finite.
-    """
-    if path.suffix == ".safetensors":
-        return read_tensors(path)
-    if path.suffix not in PICKLED or not path.is_file():
-        raise WeightsError(f"{path} is no weight file", allowed=f".safetensors, {', '.join(PICKLED)}")
+def read_note(path: Path) -> Note | None:
+    """The note in a file that we exported."""
+    if path.suffix != ".safetensors":
+        return None
+    with TensorFile(path) as file:
+        text = file.metadata.get("ditkit")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            data = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, OSError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise WeightsError(f"{path} cannot be read safely: {reason[0][:200]}", allowed="tensors and plain data") from None
-    if isinstance(data, dict) and ("ema" in data or "model" in data):
-        if weights not in data:
-            raise WeightsError(f"{path} holds no {weights!r} weights", allowed=", ".join(k for k in ("ema", "model") if k in data))
-        data = data[weights]
-    if not isinstance(data, dict) or not data or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in data.items()):
-        raise WeightsError(f"{path} is no table of tensors", hint="a state dict, or a training checkpoint of the released code")
-    for name, value in data.items():
-        check_finite(path, name, value)
-    return data
+        return None if text is None else Note.parse(json.loads(text), f"{path}: metadata")
+    except json.JSONDecodeError:
+        raise WeightsError(f"{path} has damaged metadata", hint="export the file again") from None
 
 
 def open_released(path: Path, hints: Hints | None = None) -> Opened:
@@ -66,10 +51,11 @@ def open_released(path: Path, hints: Hints | None = None) -> Opened:
     if not dit.is_official(weights):
         raise WeightsError(f"{path} is no released DiT or SiT: its first keys are {sorted(weights)[:3]}", allowed="their keys")
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
-    cfg = dit.config_from_official(shapes, hints, str(path))
+    note = read_note(path)
+    cfg = note.constructor.to_ours(note.ours) if note else dit.config_from_official(shapes, hints, str(path))
     part = Part(name="dit", config=cfg.to_dict())
     tensors = Renamed(str(path), shapes, weights.__getitem__, dit.official_table(cfg), shapes_of(part))
-    process, sampling = released_defaults(hints.system, learned=cfg.out_channels == 2 * cfg.in_channels)
+    process, sampling = released_defaults(hints.system or (note.system if note else "dit"), learned=cfg.out_channels == 2 * cfg.in_channels)
     bundle = BundleConfig(
         backbone=part,
         process=process,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from ditkit.bundle import Part, Sampling
+from ditkit.bundle import BundleConfig, Part, Sampling
 from ditkit.core.config import Config, read_data
 from ditkit.core.errors import ConfigError, nearest
 
@@ -75,3 +75,30 @@ def read_scheduler(path: Path, learned: bool) -> tuple[Part, Sampling]:
 def gaussian(learned: bool, **values: Any) -> Part:
     """The Gaussian process; with "learned" variance where the network has channels for it."""
     return Part(name="gaussian", config={"variance": "learned" if learned else "fixed_large", **values})
+
+
+def write_scheduler(config: BundleConfig) -> dict[str, Any] | None:
+    """The scheduler_config.json of a bundle, as ``read_scheduler`` reads it; None where diffusers has no such process."""
+    from ditkit.diffusion.gaussian import GaussianConfig
+
+    if config.process.name != "gaussian":
+        return None
+    cfg = GaussianConfig.parse(config.process.config, "process gaussian")
+    name = "DDPMScheduler" if config.sampling.solver == "ddpm" else "DDIMScheduler"
+    options = config.sampling.options
+    spacing = options.get("spacing", "linspace")
+    scale = 1000 / cfg.num_train_steps
+    start, end = cfg.beta_range or (1e-4 * scale, 0.02 * scale)
+    values: dict[str, Any] = {
+        "_class_name": name,
+        "num_train_timesteps": cfg.num_train_steps,
+        "beta_start": start,
+        "beta_end": end,
+        "beta_schedule": cfg.schedule,
+        "prediction_type": {ours: theirs for theirs, ours in _PREDICTION.items()}[cfg.prediction],
+        "timestep_spacing": spacing if spacing in ("leading", "trailing", "linspace") else "leading",
+        "clip_sample": options.get("clip", False),
+    }
+    if name == "DDPMScheduler":
+        values["variance_type"] = "fixed_small" if cfg.variance == "fixed_small" else "fixed_large"
+    return values

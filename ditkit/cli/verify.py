@@ -1,0 +1,42 @@
+"""``ditkit verify FOLDER``: whether weights are whole and unchanged, and whether we compute on them what diffusers computes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Args:
+    """Check a bundle, a diffusers folder or a released checkpoint, and print one line for the documentation."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """a bundle, a diffusers folder, or a released DiT or SiT file (.pt, .safetensors)"""
+    reference: Path | None = None
+    """another copy, in any layout, that must hold the same numbers"""
+    system: Literal["dit", "sit"] | None = None
+    """which of the two a released file is: they look alike"""
+    num_heads: int | None = None
+    """of a released file of no published size"""
+    null_label: bool = True
+    """the last row of a released file's label table stands for no label"""
+    device: str = "cpu"
+    """where to compute"""
+    record: bool = True
+    """leave ditkit-verified.json beside the weights, so that a later run can name a tensor that changed"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Verify and print."""
+    args = tyro.cli(Args, args=list(argv), prog="ditkit verify")
+    from ditkit.interop.hints import Hints
+    from ditkit.interop.verify import verify
+
+    hints = Hints(system=args.system, num_heads=args.num_heads, null_label=args.null_label)
+    sys.stdout.write(verify(args.source, hints, args.reference, args.device, args.record).line + "\n")
+    return 0

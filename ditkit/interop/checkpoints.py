@@ -1,0 +1,44 @@
+"""Weight files of others. Pickle is read with torch's ``weights_only`` and no fallback, and only where a user converts or verifies:
+a file that holds anything but tensors, plain data and the ``argparse.Namespace`` of a training script is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ditkit.core.errors import WeightsError
+from ditkit.core.files import check_finite, read_tensors
+
+PICKLED = (".pt", ".pth", ".ckpt", ".bin")
+
+
+def read_checkpoint(path: Path, weights: str = "ema") -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` file or of a pickled checkpoint; of a training checkpoint, those of ``weights``.
+
+    Raises:
+        WeightsError: the file cannot be read safely, holds no tensors, or a tensor is not finite.
+    """
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
+    if path.suffix not in PICKLED or not path.is_file():
+        raise WeightsError(f"{path} is no weight file", allowed=f".safetensors, {', '.join(PICKLED)}")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            data = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise WeightsError(f"{path} cannot be read safely: {reason[0][:200]}", allowed="tensors and plain data") from None
+    if isinstance(data, dict) and ("ema" in data or "model" in data):
+        if weights not in data:
+            raise WeightsError(f"{path} holds no {weights!r} weights", allowed=", ".join(k for k in ("ema", "model") if k in data))
+        data = data[weights]
+    if not isinstance(data, dict) or not data or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in data.items()):
+        raise WeightsError(f"{path} is no table of tensors", hint="a state dict, or a training checkpoint of the released code")
+    for name, value in data.items():
+        check_finite(path, name, value)
+    return data
