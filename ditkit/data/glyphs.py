@@ -113,22 +113,25 @@ class BoundedCache:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.bytes = max_bytes, 0
         self._items: OrderedDict[Hashable, np.ndarray] = OrderedDict()
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
 
     def get(self, key: Hashable, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """The array of ``key``, made by ``make()`` when it is not at hand."""
+        """The array of ``key``, made read-only by ``make()`` when it is not at hand."""
         with self._lock:
             if key in self._items:
                 self._items.move_to_end(key)
                 return self._items[key]
-            value = self._items[key] = make()
-            self.bytes += value.nbytes
+        made = make()
+        made.setflags(write=False)
+        with self._lock:
+            kept = self._items.setdefault(key, made)
+            self.bytes += made.nbytes if kept is made else 0
             while self.bytes > self.max_bytes and len(self._items) > 1:
                 self.bytes -= self._items.popitem(last=False)[1].nbytes
-            return value
+        return kept
 
 
-_coverages = BoundedCache(max_bytes=64 * 1024**2)
+_drawings = BoundedCache(max_bytes=64 * 1024**2)
 
 
 def coverage(name: str, style: str, length: int, rotation: int) -> np.ndarray:
@@ -143,27 +146,28 @@ def coverage(name: str, style: str, length: int, rotation: int) -> np.ndarray:
     Returns:
         uint8 (rows, columns), 255 where ink covers the whole sample. Read-only: it is shared.
     """
-    return _coverages.get((name, style, length, rotation), lambda: _draw(glyph(name), style, length, rotation))
+    return _drawings.get((name, style, length, rotation), lambda: _draw(glyph(name).char, style, length, rotation))
 
 
-def _draw(glyph: Glyph, style: str, length: int, rotation: int) -> np.ndarray:
-    em = max(1, round(length / _ink_per_em(glyph.char, style)))
-    picture = _ink(glyph.char, style, em)
+def _draw(char: str, style: str, length: int, rotation: int) -> np.ndarray:
+    """An area average of a larger drawing, which is exact in size where a font's own sizes are whole and hinted."""
+    em = 256
+    while max((large := _ink(char, style, em)).shape) < length:
+        em *= 2
+    rows, columns = (max(1, round(n * length / max(large.shape))) for n in large.shape)
+    picture = Image.fromarray(large).resize((columns, rows), Image.Resampling.BOX)
     if rotation:
         picture = picture.rotate(rotation, resample=Image.Resampling.BILINEAR, expand=True)
         picture = picture.crop(picture.getbbox())
-    pixels = np.array(picture)
-    pixels.setflags(write=False)
-    return pixels
+    return np.array(picture)
 
 
-@cache
-def _ink_per_em(char: str, style: str) -> float:
-    return max(_ink(char, style, 512).size) / 512
+def _ink(char: str, style: str, em: int) -> np.ndarray:
+    """The character at ``em`` pixels a font unit, cropped to its ink, uint8."""
+    return _drawings.get((char, style, em), lambda: np.array(_outline(char, style, em)))
 
 
-def _ink(char: str, style: str, em: int) -> Image.Image:
-    """The character at ``em`` pixels a font unit, grey, cropped to its ink."""
+def _outline(char: str, style: str, em: int) -> Image.Image:
     font = ImageFont.truetype(font_path(style), em, layout_engine=ImageFont.Layout.BASIC)
     stroke = _STROKE.get(char, 0.0) * em
     left, top, right, bottom = font.getbbox(char, stroke_width=stroke)

@@ -1,12 +1,13 @@
 """From a scene to pixels: the picture, and exact masks and boxes of what is visible.
 
-Objects are composed front to back. With alpha_k the share of a pixel that the ink of object k covers, its visible share is
+With alpha_k the share of a pixel that the ink of object k covers, its visible share is
 v_k = alpha_k * prod(1 - alpha_j for each nearer j), the picture is sum_k v_k color_k + (1 - sum_k v_k) background, and a pixel belongs
-to object k where v_k > 1/2. So a pixel has one owner at most.
+to object k where v_k > 1/2. So a pixel has one owner at most. (Painting back to front gives the same picture.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,6 +21,8 @@ from .scene_text import caption
 from .scene_types import BACKGROUNDS, COLORS, Background, Scene, SceneObject, tones
 
 MIN_SIZE, MAX_SIZE = 8, 1024
+Layer = tuple[tuple[slice, slice], np.ndarray]
+"""The pixels that an object may touch (rows, columns), and the share of each that its ink covers."""
 
 
 @dataclass(frozen=True)
@@ -58,20 +61,32 @@ def render(scene: Scene, size: int, frame: float = 0) -> RenderedScene:
     """Draw ``scene`` at ``size`` x ``size`` pixels, ``frame`` frames after its start; raises DitkitError for a size out of range."""
     if not MIN_SIZE <= size <= MAX_SIZE:
         raise DitkitError(f"size is {size}", allowed=f"{MIN_SIZE} to {MAX_SIZE} pixels")
+    order = scene.front_to_back
+    layers = {k: _place(scene.objects[k], size, frame) for k in order}
+    canvas = draw_background(scene.background, size)
+    for k in reversed(order):
+        window, alpha = layers[k]
+        under = canvas[:, *window]
+        under += alpha * (_rgb(COLORS[scene.objects[k].color]) - under)
+    masks, boxes = _visible(layers, size)
+    return RenderedScene(scene, frame, np.ascontiguousarray((canvas + 0.5).astype(np.uint8).transpose(1, 2, 0)), masks, boxes)
+
+
+def _visible(layers: dict[int, Layer], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Masks and boxes of objects, given front to back with their index."""
+    masks = np.zeros((len(layers), size, size), dtype=bool)
+    boxes = np.zeros((len(layers), 4), dtype=np.int64)
     uncovered = np.ones((size, size))
-    ink = np.zeros((size, size, 3))
-    masks = np.zeros((len(scene.objects), size, size), dtype=bool)
-    boxes = np.zeros((len(scene.objects), 4), dtype=np.int64)
-    for k in scene.front_to_back:
-        window, alpha = _place(scene.objects[k], size, frame)
-        visible = alpha * uncovered[window]
-        ink[window] += visible[..., None] * np.array(COLORS[scene.objects[k].color], dtype=np.float64)
+    for k, (window, alpha) in layers.items():
+        shown: np.ndarray = alpha * uncovered[window] > 0.5
         uncovered[window] *= 1 - alpha
-        shown: np.ndarray = visible > 0.5
         masks[k][window] = shown
         boxes[k] = bounds(shown, window[1].start, window[0].start)
-    image = ink + uncovered[..., None] * draw_background(scene.background, size)
-    return RenderedScene(scene, frame, (image + 0.5).astype(np.uint8), masks, boxes)
+    return masks, boxes
+
+
+def _rgb(color: Sequence[float] | np.ndarray) -> np.ndarray:
+    return np.asarray(color, dtype=np.float64)[:, None, None]
 
 
 def bounds(mask: np.ndarray, left: int = 0, top: int = 0) -> tuple[int, int, int, int]:
@@ -82,7 +97,7 @@ def bounds(mask: np.ndarray, left: int = 0, top: int = 0) -> tuple[int, int, int
     return left + int(columns[0]), top + int(rows[0]), left + int(columns[-1]) + 1, top + int(rows[-1]) + 1
 
 
-def _place(thing: SceneObject, size: int, frame: float) -> tuple[tuple[slice, slice], np.ndarray]:
+def _place(thing: SceneObject, size: int, frame: float) -> Layer:
     """The pixels that an object may touch, and the share of each that its ink covers, in steps of 1/255."""
     side = size * SUPERSAMPLE
     ink = coverage(thing.glyph, thing.style, max(SUPERSAMPLE, round(thing.size * side)), thing.rotation)
@@ -107,11 +122,11 @@ def _span(center: float, length: int, size: int) -> tuple[slice, slice, slice]:
 
 
 def draw_background(background: Background, size: int) -> np.ndarray:
-    """The textured background, float64 (size, size, 3) in 0..255."""
+    """The textured background, float64 (3, size, size) in 0..255."""
     if background.texture == "plain":
-        return np.broadcast_to(np.array(BACKGROUNDS[background.color], dtype=np.float64), (size, size, 3))
+        return np.tile(_rgb(BACKGROUNDS[background.color]), (1, size, size))
     light, dark = tones(background.color)
-    return light + _PATTERNS[background.texture](background, size)[..., None] * (dark - light)
+    return _rgb(light) + _PATTERNS[background.texture](background, size) * _rgb(dark - light)
 
 
 def _striped(background: Background, size: int) -> np.ndarray:

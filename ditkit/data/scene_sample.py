@@ -182,7 +182,9 @@ def _object(draws: Draws, pair: Pair, config: SceneConfig, position: Point, size
     color, name = pair
     own = GLYPHS[GLYPH_INDEX[name]].styles
     style = draws.choice([s for s in own if s in config.styles] or own)
-    return SceneObject.model_construct(glyph=name, color=color, size=size, style=style, rotation=rotation, position=position, depth=depth)
+    return SceneObject.model_construct(
+        glyph=name, color=color, size=size, style=style, rotation=rotation, position=position, velocity=(0.0, 0.0), depth=depth
+    )
 
 
 def _moving(draws: Draws, objects: tuple[SceneObject, ...], config: SceneConfig) -> tuple[SceneObject, ...]:

@@ -6,7 +6,7 @@ Coordinates are those of the unit square, x to the right and y down, so that one
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal, Self
 
 import numpy as np
@@ -27,7 +27,7 @@ COLORS: dict[ColorName, tuple[int, int, int]] = {
     "yellow": (255, 220, 40),
     "green": (28, 145, 60),
     "blue": (30, 90, 225),
-    "purple": (130, 45, 180),
+    "purple": (165, 48, 186),
     "white": (255, 255, 255),
     "black": (0, 0, 0),
 }
@@ -83,6 +83,7 @@ class SceneObject(Config):
         return reach(self.size, self.rotation)
 
 
+@lru_cache(maxsize=1024)
 def reach(size: float, rotation: float) -> float:
     """Half the bounding square of a square of that side, rotated: size / 2 (abs cos + abs sin)."""
     angle = math.radians(rotation)

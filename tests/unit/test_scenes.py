@@ -16,7 +16,7 @@ from ditkit import data
 from ditkit.core.errors import ConfigError, DitkitError
 from ditkit.data import glyphs, scenes
 from ditkit.data.scene_random import Draws
-from ditkit.data.scene_types import reach, tones
+from ditkit.data.scene_types import _lab, reach, tones
 from ditkit.data.scenes import (
     COLORS,
     GLYPHS,
@@ -120,7 +120,7 @@ def test_cache_is_bounded_and_keeps_the_most_recent():
 
 
 def test_memory_does_not_grow_with_the_number_of_pictures(monkeypatch):
-    monkeypatch.setattr(glyphs, "_coverages", glyphs.BoundedCache(max_bytes=200_000))
+    monkeypatch.setattr(glyphs, "_drawings", glyphs.BoundedCache(max_bytes=200_000))
     split = data.load("scenes", "train", size=32)
     split.batch(np.arange(40))
     tracemalloc.start()
@@ -129,7 +129,7 @@ def test_memory_does_not_grow_with_the_number_of_pictures(monkeypatch):
     split.batch(np.arange(1000, 1200))
     grown = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
-    assert glyphs._coverages.bytes <= 200_000
+    assert glyphs._drawings.bytes <= 200_000
     assert grown < 400_000
 
 
@@ -208,6 +208,12 @@ def test_nearly_every_pair_of_colour_and_background_is_readable():
     unreadable = {(c, b) for c in COLORS for b in COLORS if c != b and not readable(c, b)}
     assert all(not readable(c, c) for c in COLORS)
     assert len(unreadable) <= 2
+
+
+def test_colours_are_told_apart():
+    lab = {name: _lab(np.array(rgb, dtype=float)) for name, rgb in COLORS.items()}
+    assert np.allclose(_lab(np.array([255.0, 0, 0])), [53.24, 80.09, 67.20], atol=0.02)  # sRGB red, D65
+    assert min(np.linalg.norm(lab[a] - lab[b]) for a, b in itertools.combinations(lab, 2)) >= 40
 
 
 def test_objects_stay_inside_and_apart():
