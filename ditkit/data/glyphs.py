@@ -65,7 +65,7 @@ _SPOKEN = {
 }
 _DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-# Hairline drawings get a stroke, as a share of the drawing's longer side; outlines that should read as solid shapes are filled.
+# Hairline drawings get a stroke, as a share of the font size; outlines that should read as solid shapes are filled.
 _STROKE = {"⚡": 0.035, "☮": 0.015, "☹": 0.015, "❄": 0.01, "🐱": 0.015}
 _FILLED = "☾⌂"
 
@@ -169,7 +169,7 @@ def _ink(char: str, style: str, em: int) -> np.ndarray:
 
 def _outline(char: str, style: str, em: int) -> Image.Image:
     font = ImageFont.truetype(font_path(style), em, layout_engine=ImageFont.Layout.BASIC)
-    stroke = _STROKE.get(char, 0.0) * em
+    stroke = round(_STROKE.get(char, 0.0) * em)
     left, top, right, bottom = font.getbbox(char, stroke_width=stroke)
     pad = 2
     picture = Image.new("L", (math.ceil(right - left) + 2 * pad, math.ceil(bottom - top) + 2 * pad))
