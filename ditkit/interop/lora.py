@@ -23,7 +23,7 @@ from torch import Tensor
 from ditkit.core.backbone import Backbone
 from ditkit.core.errors import DitkitError, WeightsError
 from ditkit.core.files import write_json, write_tensors
-from ditkit.methods.adaptation.lora import Adapted, LoRA, LoRAConfig, projections
+from ditkit.methods.adaptation.lora import Adapted, LoRA, LoRAConfig, seam_projections
 
 from .lora_factors import Factors, join_rows, pick_rows
 from .lora_files import DIFFUSERS_WEIGHTS, METADATA, PEFT_CONFIG, PEFT_WEIGHTS, PairFile, read_pairs, some
@@ -93,7 +93,7 @@ def load_lora(path: str | Path, model: Backbone, *, strength: float = 1.0, label
     skipped = tuple(m for m in file.pairs if any(fnmatchcase(m, pattern) for pattern in skip))
     pairs = {m: f for m, f in file.pairs.items() if m not in skipped}
     placed = place(file, pairs, model)
-    found = projections(model)
+    found = seam_projections(model)
     whole = {t: join_rows([(f, rows) for _, f, rows in placed[t]], _out(found[t])) for t in found if t in placed}
     lora = LoRA(config_for(whole, list(found), strength=strength, label=label))
     lora.build(model)
@@ -113,8 +113,8 @@ def place(file: PairFile, pairs: Mapping[str, Factors], model: Backbone) -> Plac
     if file.format == "kohya":
         wires = {name.replace(".", "_"): wire for name, wire in wires.items()}
     if unknown := [m for m in pairs if m not in wires]:
-        raise _unknown(file, unknown, pairs, wires, model)
-    found, placed = projections(model), Placed()
+        raise _unknown(file, unknown, pairs, model)
+    found, placed = seam_projections(model), Placed()
     for module, f in pairs.items():
         target, rows = wires[module]
         fan_in: Any = found[target].in_features
@@ -137,7 +137,7 @@ def layouts(model: Backbone) -> dict[str, dict[str, Wire]]:
     "ditkit" has our own names and module paths; the others come from the tables ``OFFICIAL`` and ``DIFFUSERS`` of
     ``ditkit/interop/BACKBONE.py``.
     """
-    found = projections(model)
+    found = seam_projections(model)
     paths = {id(m): path for path, m in model.named_modules()}
     identity = {t: Wire(t, torch.arange(_out(m))) for t, m in found.items()}
     layouts = {"ditkit": {**identity, **{paths[id(m)]: identity[t] for t, m in found.items()}}}
@@ -162,11 +162,11 @@ def _tables(model: Backbone) -> dict[str, Table]:
     return {layout: Table(r, len(model.blocks), {}) for layout, r in rows.items()}
 
 
-def _unknown(file: PairFile, unknown: list[str], pairs: Mapping[str, Any], wires: Mapping[str, Wire], model: Backbone) -> WeightsError:
+def _unknown(file: PairFile, unknown: list[str], pairs: Mapping[str, Any], model: Backbone) -> WeightsError:
     """Why these modules cannot be adapted, and what could."""
     family = next((f for mark, f in _FAMILIES.items() if any(mark in m for m in unknown)), None)
-    example = next(iter(wires))
-    allowed = f"projections of the model's {len(model.blocks)} blocks, such as {example}, {list(wires)[-1]}"
+    examples = ", ".join(next(iter(names)) for names in layouts(model).values())
+    allowed = f"projections of the model's {len(model.blocks)} blocks: {examples}, ..."
     if len(unknown) == len(pairs):
         whose = f"a LoRA for {family}" if family else "a LoRA for another model"
         return WeightsError(

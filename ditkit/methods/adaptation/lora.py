@@ -13,11 +13,11 @@ import math
 import re
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from ditkit.core import registry
@@ -43,8 +43,10 @@ class LoRAConfig(Config):
         None, gt=0, description="the addition is scaled by alpha / rank; None: alpha is each target's rank, scale 1"
     )
     include: str | tuple[str, ...] = Field("", description="a regular expression searched for in projection names, or a list of names")
-    ranks: dict[str, int] = Field({}, description="name -> rank, where it differs from rank; the longest name that fits counts")
-    alphas: dict[str, float] = Field({}, description="name -> alpha, where it differs from alpha")
+    ranks: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        {}, description="name -> rank, where it differs from rank; the longest name that fits counts"
+    )
+    alphas: dict[str, Annotated[float, Field(gt=0)]] = Field({}, description="name -> alpha, where it differs from alpha")
     strength: float = Field(1.0, description="multiplies the addition; 0 is the base")
     schedule: tuple[float, ...] = Field((), description="further factors from the first step of a run to its last, interpolated linearly")
     window: tuple[float, float] = Field(
@@ -63,14 +65,12 @@ class LoRAConfig(Config):
             raise ValueError("an empty list adapts nothing")
         return include
 
-    @model_validator(mode="after")
-    def _positive(self) -> LoRAConfig:
-        if not 0 <= self.window[0] < self.window[1] <= 1:
-            raise ValueError(f"window {self.window} is no range within 0 to 1")
-        for name, value in {**self.ranks, **self.alphas}.items():
-            if value <= 0:
-                raise ValueError(f"{name} has rank or alpha {value}; both are above 0")
-        return self
+    @field_validator("window")
+    @classmethod
+    def _is_a_range(cls, window: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= window[0] < window[1] <= 1:
+            raise ValueError("a range within 0 to 1 is needed, start before end")
+        return window
 
 
 class Target(NamedTuple):
@@ -138,12 +138,12 @@ class LoRA(Method):
         Raises:
             Conflict: the configuration names projections that the model has not, or the factors were made for other sizes.
         """
-        targets = resolve(self.config, projections(model))
+        targets = resolve(self.config, seam_projections(model))
         if self.targets:
             if self.targets != targets:
                 raise Conflict(f"{self.label} was made for a model of other sizes", hint="make another LoRA for this one")
             return
-        found = projections(model)
+        found = seam_projections(model)
         for name, target in targets.items():
             _plant(self, name, Pair(target, _like(found[name], model)))
         self.targets = targets
@@ -222,7 +222,7 @@ class LoRA(Method):
             raise Conflict(f"{self.label} varies by step (window, schedule), merged weights cannot", hint="keep it attached")
         merged = shallow(view)
         merged.methods = nn.ModuleDict({k: m for k, m in view.methods.items() if k != self.label})
-        found, seen = projections(merged), set()
+        found, seen = seam_projections(merged), set()
         strength = self.config.strength * (self.config.schedule or (1.0,))[0]
         for name in self.targets:
             module = found[name]
@@ -237,9 +237,10 @@ class LoRA(Method):
 
     @torch.no_grad()
     def swap(self, other: LoRA) -> None:
-        """Take over the weights of ``other`` in place, so that compiled views of this LoRA need no new graph.
+        """Take over the changes of ``other`` in place, so that compiled views of this LoRA need no new graph.
 
-        Ranks are filled up with zeros, targets that ``other`` lacks become zero. Between runs, not within one.
+        Ranks are filled up with zeros, what ``other`` does not adapt becomes zero, and B takes in the difference of the scales;
+        configuration, strength and schedule stay. Between runs, not within one.
 
         Raises:
             Conflict: ``other`` adapts more than this one, at a higher rank, or a model of other sizes.
@@ -252,19 +253,14 @@ class LoRA(Method):
                     f"{other.label} adapts {name} at rank {new.rank}, {new.fan_in} -> {new.fan_out}; {self.label} {has}",
                     hint="attach it with with_methods",
                 )
-        alphas: dict[str, float] = {}
         for name, old in self.targets.items():
-            pair, new_rank = self.pair(name), 0
+            pair = self.pair(name)
             pair.A.zero_()
             pair.B.zero_()
             if name in other.targets:
-                source, new_rank = other.pair(name), other.targets[name].rank
-                pair.A[:new_rank], pair.B[:, :new_rank] = source.A, source.B
-            alphas[name] = other.targets[name].scale * old.rank if new_rank else float(old.rank)
-        keep = {k: getattr(other.config, k) for k in ("strength", "schedule", "window")}
-        self.config = LoRAConfig(**{**self.config.to_dict(), **keep, "alphas": alphas})
-        self.targets = {n: t._replace(alpha=alphas[n]) for n, t in self.targets.items()}
-        self.scheduled = not self.constant  # type: ignore[misc]
+                source, rank = other.pair(name), other.targets[name].rank
+                pair.A[:rank] = source.A
+                pair.B[:, :rank] = source.B * (other.targets[name].scale / old.scale)
 
     @classmethod
     def tiny(cls) -> list[Method]:
@@ -275,7 +271,7 @@ class LoRA(Method):
         return [cls(rank=2), cls(strength=0.0)]
 
 
-def projections(model: Backbone) -> dict[str, nn.Module]:
+def seam_projections(model: Backbone) -> dict[str, nn.Module]:
     """What can be adapted: every projection of every block, as ``blocks.3.img.qkv``."""
     return {f"blocks.{i}.{n}": m for i, b in enumerate(model.blocks) for n, m in b.projections().items()}  # type: ignore[operator]
 
