@@ -15,6 +15,7 @@ class Golden:
     """One file: ``g["in/x"]`` is a tensor, ``g.config`` and ``g.call`` are its metadata."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         with safe_open(path, "pt") as f:
             self.metadata = f.metadata()
             self._tensors = {name: f.get_tensor(name) for name in f.keys()}
@@ -45,43 +46,15 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def load_dit(g: Golden) -> torch.nn.Module:
-    """The DiT (or SiT) of a file with official names."""
+    """The DiT (or SiT) of a file with released names, through the project's own tables."""
     from ditkit.backbones.dit import DiT
+    from ditkit.interop import dit
+    from ditkit.interop.tables import Renamed, load_all
 
-    c = g.config
-    size, channels = c["input_size"], c["in_channels"]
-    model = DiT(
-        input_size=(size, size) if isinstance(size, int) else tuple(size),
-        in_channels=channels,
-        out_channels=2 * channels if c.get("learn_sigma", True) else channels,
-        patch_size=c["patch_size"],
-        dim=c["hidden_size"],
-        depth=c["depth"],
-        num_heads=c["num_heads"],
-        mlp_ratio=c["mlp_ratio"],
-        num_classes=c["num_classes"],
-        null_label=c["class_dropout_prob"] > 0,
-    )
-    names = {
-        "x_embedder.proj": "patch_embed",
-        "t_embedder.mlp.0": "time.fc1",
-        "t_embedder.mlp.2": "time.fc2",
-        "y_embedder.embedding_table": "label",
-        "adaLN_modulation.1": "ada",
-        "attn.": "",
-        "final_layer.linear": "final.proj",
-        "final_layer.": "final.",
-    }
-    weights = {}
-    for name in g.starting("w/"):
-        if name == "w/pos_embed":
-            continue
-        new = name.removeprefix("w/")
-        for theirs, ours in names.items():
-            new = new.replace(theirs, ours)
-        parts = new.split(".")
-        if parts[0] == "blocks":
-            new = ".".join([*parts[:2], "parts.img", *parts[2:]])
-        weights[new] = g[name].flatten(1) if new == "patch_embed.weight" else g[name]
-    model.load_state_dict(weights)
+    arguments = {k: g.config[k] for k in dit.Constructor.model_fields if k in g.config}
+    model = DiT(dit.Constructor(**arguments).to_ours())
+    weights = {name.removeprefix("w/"): g[name] for name in g.starting("w/")}
+    ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in weights.items()}
+    model.load_state_dict(load_all(Renamed(str(g.path), theirs, weights.__getitem__, dit.official_table(model.config), ours)))
     return model.eval()
