@@ -41,6 +41,7 @@ class Flow(Process):
     config_class = FlowConfig
     config: FlowConfig
     spacings = ("uniform", "linspace")
+    continuous = True
 
     def output_channels(self, channels: int) -> int:
         return 2 * channels if self.config.discard_half else channels
@@ -48,6 +49,10 @@ class Flow(Process):
     def coefficients(self, t: Time) -> Coefficients:
         t = as_time(t)
         return Coefficients(1 - t, t)
+
+    def rates(self, t: Time) -> Coefficients:
+        one = torch.ones_like(as_time(t))
+        return Coefficients(-one, one)
 
     def network_time(self, t: Time) -> Tensor:
         return told(self.config.network_time, t)

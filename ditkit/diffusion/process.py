@@ -29,6 +29,8 @@ Time = Tensor | float
 PROCESSES = {  # name -> module, class
     "gaussian": ("gaussian", "Gaussian"),
     "flow": ("flow", "Flow"),
+    "interpolant": ("interpolant", "Interpolant"),
+    "edm": ("edm", "EDM"),
 }
 
 
@@ -98,6 +100,8 @@ class Process(ABC):
     name: ClassVar[str]
     config_class: ClassVar[type[Config]]
     spacings: ClassVar[tuple[str, ...]]  # the first is the default
+    continuous: ClassVar[bool] = False  # has dx/dt, and ``rates``
+    singular: ClassVar[bool] = False  # dx/dt is not defined at t = 0
     config: Any
 
     def __init__(self, config: Config | None = None, **values: Any) -> None:
@@ -116,6 +120,10 @@ class Process(ABC):
     @abstractmethod
     def network_time(self, t: Time) -> Tensor:
         """Public time -> what the network was trained on, float32."""
+
+    def rates(self, t: Time) -> Coefficients:
+        """d alpha / dt and d sigma / dt, of continuous processes."""
+        raise DitkitError(f"the {self.name} process has no rates", allowed="continuous processes: flow, interpolant, edm")
 
     def network_input(self, x_t: Tensor, t: Time) -> Tensor:
         """x_t as the network sees it; EDM scales it."""
@@ -151,7 +159,7 @@ class Process(ABC):
 
         Args:
             spacing: one of ``spacings``; "" is the first of them.
-            times: used as given, or refused: num_steps + 1 times in [0, 1], strictly decreasing.
+            times: used as given, or refused: num_steps + 1 times in [0, 1], strictly decreasing (to invert: increasing).
         """
         if num_steps < 1:
             raise DitkitError(f"num_steps is {num_steps}", allowed="1 or more")
@@ -164,7 +172,8 @@ class Process(ABC):
             raise DitkitError(
                 f"{given.numel()} times for {num_steps} steps", allowed=f"{num_steps + 1}: where each step starts, and the end"
             )
-        if not (given.diff() < 0).all() or not 0 <= given[-1] <= given[0] <= 1:
+        one_way = (given.diff() < 0).all() or (given.diff() > 0).all()
+        if not one_way or given.min() < 0 or given.max() > 1:
             raise DitkitError(f"times are {given.tolist()}", allowed="strictly decreasing, in [0, 1] (0 is data, 1 is noise)")
         return given
 

@@ -8,87 +8,26 @@ steps. Every solver takes ``spacing`` (one of the process's) or ``times`` (used 
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+import math
+from typing import Annotated
 
-from pydantic import Field, create_model
+from pydantic import Field
 from torch import Tensor
 
-from ditkit.core.config import Config
-from ditkit.core.errors import Conflict, DitkitError
+from ditkit.core.errors import DitkitError
 from ditkit.core.run import Run
 
+from . import adaptive, sde  # noqa: F401  (registers dopri5 and euler_maruyama)
 from .guidance import Denoise
 from .noise import Draw
 from .process import Coefficients, Prediction, Process, like, posterior
+from .solver import SOLVERS, Solver, solver
 
-
-class Update(Protocol):
-    """What a solver is inside: x (B, C, ...) at times[0] -> x at times[-1]."""
-
-    def __call__(self, denoise: Denoise, x: Tensor, process: Process, run: Run, draw: Draw, times: Tensor, **options: Any) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Solver:
-    """A registered solver: the function, its options, and which processes it fits."""
-
-    name: str
-    summary: str
-    function: Update
-    options: type[Config]
-    processes: tuple[str, ...] = ()  # empty: all
-    adaptive: bool = False  # steps are chosen from the samples, not known in advance
-
-    def __call__(
-        self,
-        denoise: Denoise,
-        x: Tensor,
-        process: Process,
-        run: Run,
-        draw: Draw,
-        *,
-        spacing: str = "",
-        times: Sequence[float] | Tensor | None = None,
-        **options: Any,
-    ) -> Tensor:
-        """Solve from x (B, C, ...) at the first time to the last one, in ``run.num_steps`` steps.
-
-        Raises:
-            DitkitError: an unknown option or value, a process it does not fit, times or a spacing the process does not have.
-            Conflict: the solver is adaptive and a method of the view is scheduled by step.
-        """
-        values = self.options.parse(options, f"solver {self.name}")
-        if self.processes and process.name not in self.processes:
-            raise DitkitError(f"solver {self.name} with the {process.name} process", allowed=f"{', '.join(self.processes)} processes")
-        if self.adaptive and (fixed := [m.label for m in run.methods if m.scheduled]):
-            raise Conflict(
-                f"{self.name} chooses its steps from the samples, {', '.join(fixed)} is scheduled by step", hint="a solver of fixed steps"
-            )
-        grid = process.times(run.num_steps, spacing, times)
-        return self.function(denoise, x, process, run, draw, grid, **{key: getattr(values, key) for key in type(values).model_fields})
-
-
-SOLVERS: dict[str, Solver] = {}
-
-
-def solver(name: str, *, processes: tuple[str, ...] = (), adaptive: bool = False) -> Callable[[Any], Any]:
-    """Register a function as a solver; its keyword-only parameters become its options."""
-
-    def add(function: Any) -> Any:
-        parameters = inspect.signature(function, eval_str=True).parameters.values()
-        fields: dict[str, Any] = {p.name: (p.annotation, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
-        options = create_model(f"{name} options", __base__=Config, **fields)
-        SOLVERS[name] = Solver(name, (function.__doc__ or "").split("\n")[0], function, options, processes, adaptive)
-        return function
-
-    return add
-
+__all__ = ["SOLVERS", "Solver", "ddim_step", "ddpm_step", "solver"]
 
 Eta = Annotated[float, Field(ge=0, description="0: deterministic; 1: as much noise as DDPM's posterior")]
 Clip = Annotated[bool, Field(description="clip predicted data to [-1, 1]; for pixels, not for latents")]
+LowOrder = Annotated[int, Field(ge=0, description="with fewer steps than this the last one is of first order")]
 
 
 @solver("ddpm")
@@ -113,11 +52,13 @@ def ddpm_step(x: Tensor, p: Prediction, t: Coefficients, s: Coefficients, noise:
     return mean + (0.5 * log_variance).exp() * noise
 
 
-@solver("ddim")
+@solver("ddim", inverts=True)
 def ddim(
     denoise: Denoise, x: Tensor, process: Process, run: Run, draw: Draw, times: Tensor, *, eta: Eta = 0.0, clip: Clip = False
 ) -> Tensor:
     """DDIM (2010.02502): the probability-flow ODE, exact where the prediction is constant; eta adds noise."""
+    if eta and times[0] < times[-1]:
+        raise DitkitError(f"eta {eta} along increasing times", allowed="eta 0: inversion adds no noise")
     levels = chain(process, times)
     for i in run.steps():
         p = process.predict(denoise(x, times[i]), x, times[i])
@@ -143,12 +84,67 @@ def ddim_step(
     return like(s.alpha, x) * x0 + like((s.sigma**2 - d**2).clamp(min=0).sqrt(), x) * eps + like(d, x) * noise
 
 
-@solver("euler", processes=("flow", "interpolant", "edm"))
+@solver("dpm++2m")
+def dpm_plus_plus_2m(
+    denoise: Denoise,
+    x: Tensor,
+    process: Process,
+    run: Run,
+    draw: Draw,
+    times: Tensor,
+    *,
+    clip: Clip = False,
+    lower_order_below: LowOrder = 15,
+) -> Tensor:
+    """DPM-Solver++ 2M (2211.01095, algorithm 2): x_s = (sigma_s / sigma_t) x - alpha_s (e^-h - 1) D, h = lambda_s - lambda_t.
+
+    lambda = log(alpha / sigma); D = x0 + (x0 - x0 of the step before) h / (2 h before). A step to sigma = 0 gives x0.
+    """
+    levels = [(float(alpha), float(sigma)) for alpha, sigma in chain(process, times)]
+    before: tuple[Tensor, float] | None = None  # x0 and h of the last step
+    for i in run.steps():
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = levels[i], levels[i + 1]
+        x0 = clipped(process.predict(denoise(x, times[i]), x, times[i]).x0, clip)
+        h = _log_ratio(alpha_s, sigma_s) - _log_ratio(alpha_t, sigma_t)
+        last = i == run.num_steps - 1
+        if before is None or sigma_s == 0 or (last and run.num_steps < lower_order_below):
+            d = x0
+        else:
+            d = x0 + (h / (2 * before[1])) * (x0 - before[0])
+        x = (sigma_s / sigma_t) * x - alpha_s * math.expm1(-h) * d
+        before = x0, h
+    return x
+
+
+def _log_ratio(alpha: float, sigma: float) -> float:
+    """lambda = log(alpha / sigma)."""
+    if sigma == 0:
+        return math.inf
+    return math.log(alpha / sigma) if alpha else -math.inf
+
+
+@solver("euler", continuous=True, inverts=True)
 def euler(denoise: Denoise, x: Tensor, process: Process, run: Run, draw: Draw, times: Tensor) -> Tensor:
     """Euler's method on dx/dt = velocity; of a Gaussian process, that is ddim."""
     for i in run.steps():
         t, s = times[i], times[i + 1]
         x = x + like(s - t, x) * process.predict(denoise(x, t), x, t).velocity
+    return x
+
+
+@solver("heun", continuous=True, inverts=True)
+def heun(denoise: Denoise, x: Tensor, process: Process, run: Run, draw: Draw, times: Tensor) -> Tensor:
+    """Heun's second-order method: the mean of the velocities at both ends of a step (EDM, 2206.00364, algorithm 1).
+
+    Two evaluations a step, but for a step to t = 0 of a process whose velocity is not defined there.
+    """
+    for i in run.steps():
+        t, s = times[i], times[i + 1]
+        v = process.predict(denoise(x, t), x, t).velocity
+        ahead = x + like(s - t, x) * v
+        if s > 0 or not process.singular:
+            v = (v + process.predict(denoise(ahead, s), ahead, s).velocity) / 2
+        x = x + like(s - t, x) * v
     return x
 
 

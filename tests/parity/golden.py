@@ -46,15 +46,15 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def load_dit(g: Golden) -> torch.nn.Module:
-    """The DiT (or SiT) of a file with released names, through the project's own tables."""
+    """The DiT (or SiT) of a file with official names, through the project's own table."""
     from ditkit.backbones.dit import DiT
-    from ditkit.interop import dit
+    from ditkit.interop.dit import Constructor, official_table
     from ditkit.interop.tables import Renamed, load_all
 
-    arguments = {k: g.config[k] for k in dit.Constructor.model_fields if k in g.config}
-    model = DiT(dit.Constructor(**arguments).to_ours())
-    weights = {name.removeprefix("w/"): g[name] for name in g.starting("w/")}
-    ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    theirs = {name: tuple(value.shape) for name, value in weights.items()}
-    model.load_state_dict(load_all(Renamed(str(g.path), theirs, weights.__getitem__, dit.official_table(model.config), ours)))
+    config = Constructor.parse({k: v for k, v in g.config.items() if k in Constructor.model_fields}).to_ours()
+    model = DiT(config)
+    found = {name.removeprefix("w/"): tuple(g[name].shape) for name in g.starting("w/")}
+    expect = {name: tuple(u.shape) for name, u in model.state_dict().items()}
+    source = Renamed("golden", found, lambda name: g["w/" + name], official_table(config), expect)
+    model.load_state_dict(load_all(source))
     return model.eval()

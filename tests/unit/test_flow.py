@@ -41,7 +41,7 @@ def test_explicit_times_are_used_as_given():
 
 @pytest.mark.parametrize(
     ("times", "message"),
-    [([0.9, 0.1], "3: where each step starts"), ([0.1, 0.5, 0.9], "strictly decreasing"), ([1.1, 0.5, 0.0], r"in \[0, 1\]")],
+    [([0.9, 0.1], "3: where each step starts"), ([0.1, 0.9, 0.5], "strictly decreasing"), ([1.1, 0.5, 0.0], r"in \[0, 1\]")],
 )
 def test_explicit_times_are_refused(times, message):
     with pytest.raises(DitkitError, match=message):

@@ -167,7 +167,7 @@ def test_explicit_times_are_visited():
         ("ddim", FIXED, {"eta": -1.0}, "'eta' is -1.0"),
         ("ddim", FIXED, {"eta": "1"}, "'eta' is '1'"),
         ("ddpm", FIXED, {"eta": 0.5}, "unknown key 'eta'"),
-        ("euler", FIXED, {}, "solver euler with the gaussian process"),
+        ("euler", FIXED, {}, "solver euler with the gaussian process, which has no dx"),
         ("ddim", FIXED, {"spacing": "even"}, "no spacing 'even'"),
         ("ddim", FIXED, {"spacing": "10,15,20"}, "has 45 steps, not 4"),
         ("ddim", FIXED, {"times": [1.0, 0.0]}, "2 times for 4 steps"),
