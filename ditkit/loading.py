@@ -16,7 +16,7 @@ from ditkit.bundle import METHODS, Opened, Part, Validity, read_card
 from ditkit.core import registry
 from ditkit.core.backbone import Backbone
 from ditkit.core.errors import Conflict, DitkitError, WeightsError
-from ditkit.core.files import Source, check_shapes, read_tensors
+from ditkit.core.files import Source, check_kind, check_shapes, read_tensors
 from ditkit.core.method import Method, check_conflicts, order
 from ditkit.core.view import projections, with_methods
 
@@ -57,7 +57,7 @@ def read_state(opened: Opened, label: str, method: Method) -> None:
         raise WeightsError(f"{opened.folder}: method {method.label!r} is listed as {label!r}", hint="correct its label in config.json")
     state = method.state_dict()
     if path.is_file() or state:
-        method.load_state_dict(read_tensors(path, {name: tuple(value.shape) for name, value in state.items()}))
+        method.load_state_dict(read_tensors(path, state))
 
 
 def backbone_config(part: Part, where: str = "") -> tuple[type[Backbone], Config]:
@@ -117,9 +117,7 @@ def fill(
 
 def _read(source: Source, name: str, empty: Tensor, dtype: torch.dtype, device: torch.device, where: str) -> Tensor:
     value = source.read(name)
-    if value.is_floating_point() != empty.is_floating_point():
-        allowed = "floating point" if empty.is_floating_point() else str(empty.dtype)
-        raise WeightsError(f"{where}: {name!r} is {value.dtype}", allowed=allowed)
+    check_kind(where, name, value.dtype, empty.dtype)
     return value.to(device, dtype if value.is_floating_point() else empty.dtype)
 
 

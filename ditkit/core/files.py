@@ -29,6 +29,9 @@ _TEMPORARY = ".tmp-"
 _DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
     "I8": torch.int8,
     "I16": torch.int16,
     "I32": torch.int32,
@@ -57,11 +60,12 @@ class Source(Protocol):
         ...
 
 
-def read_tensors(path: str | Path, expect: Mapping[str, Shape] | None = None) -> dict[str, Tensor]:
+def read_tensors(path: str | Path, expect: Mapping[str, Shape | Tensor] | None = None) -> dict[str, Tensor]:
     """All tensors of a safetensors file, on the CPU.
 
     Args:
-        expect: names and shapes that the file must hold, no more and no less.
+        expect: names and shapes that the file must hold, no more and no less; or tensors (a ``state_dict``), which also say where
+            the file must hold floating-point numbers.
 
     Raises:
         WeightsError: naming the file and the tensor that is missing, extra, given twice, misshapen, non-finite or cut off.
@@ -115,9 +119,12 @@ class TensorFile:
         """Name -> shape."""
         return {name: entry.shape for name, entry in self.entries.items()}
 
-    def check(self, expect: Mapping[str, Shape]) -> None:
-        """Raise WeightsError unless the file holds exactly the names and shapes of ``expect``."""
-        check_shapes(self.path, expect, self.shapes)
+    def check(self, expect: Mapping[str, Shape | Tensor]) -> None:
+        """Raise WeightsError unless the file holds exactly what ``expect`` says (see ``read_tensors``)."""
+        check_shapes(self.path, {n: e.shape if isinstance(e, Tensor) else e for n, e in expect.items()}, self.shapes)
+        for name, wanted in expect.items():
+            if isinstance(wanted, Tensor):
+                check_kind(self.path, name, self.entries[name].dtype, wanted.dtype)
 
     def read(self, name: str) -> Tensor:
         """One tensor, finite throughout."""
@@ -154,15 +161,22 @@ def check_shapes(path: str | Path, wanted: Mapping[str, Shape], found: Mapping[s
             raise WeightsError(f"{path}: {name!r} is {tuple(found[name])}", allowed=f"{tuple(shape)}", hint="check the configuration")
 
 
+def check_kind(path: str | Path, name: str, found: torch.dtype, wanted: torch.dtype) -> None:
+    """Raise WeightsError where one dtype is of floating-point numbers and the other is not, or integers differ in theirs."""
+    if found != wanted and not (found.is_floating_point and wanted.is_floating_point):
+        allowed = "floating-point numbers" if wanted.is_floating_point else str(wanted)
+        raise WeightsError(f"{path}: {name!r} is {found}", allowed=allowed, hint="check the file")
+
+
 def check_finite(path: str | Path, name: str, value: Tensor) -> None:
     """Raise WeightsError if a floating-point tensor holds NaN or infinity."""
     if not value.is_floating_point():
         return
-    for i, part in enumerate(value.reshape(-1).split(1 << 22)):  # in parts: the mask must not cost a copy of the tensor
+    for i, part in enumerate(value.reshape(-1).split(1 << 20)):  # in parts: the mask must not cost a copy of the tensor
         part = part.float() if part.element_size() == 1 else part
         bad = ~torch.isfinite(part)
         if bool(bad.any()):
-            at = (i << 22) + int(bad.nonzero()[0])
+            at = (i << 20) + int(bad.nonzero()[0])
             raise WeightsError(f"{path}: {name!r} is not finite at element {at}", hint="use a file from before the run diverged")
 
 
