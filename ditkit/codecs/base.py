@@ -73,6 +73,11 @@ class Codec(nn.Module):
         """Latents before normalisation -> x."""
         raise NotImplementedError
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are; the CPU where it has none."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
     def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """(C, H, W) of the data -> (c, h, w). Raises DitkitError where a side is no multiple of ``factor``."""
         if len(shape) != 3 or shape[0] != self.in_channels:

@@ -106,6 +106,11 @@ class VAE(Codec):
             self._model = model.to(self._device)
         return self._model
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are, or will be."""
+        return self._device
+
     def encode_raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and std of diffusers' posterior, in the dtype of x."""
         posterior = self.model.encode(x.to(self.model.dtype)).latent_dist

@@ -6,6 +6,7 @@ A name stands for a module of this package with ``load(split, **options) -> Data
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ditkit.core.errors import DitkitError, nearest
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
 EMBEDDED: dict[str, str] = {"digits": "digits", "scenes": "scenes"}  # name -> module
 
 
@@ -44,14 +46,19 @@ class Dataset(Protocol):
 
 
 def load(name: str, split: Split = "train", **options: Any) -> Dataset:
-    """The data set of that name.
+    """The data set of that name or at that path: a folder of pictures, of ``.tar`` shards or of cached latents.
 
     Raises:
         DitkitError: there is none of that name, or no such split.
     """
-    if split not in ("train", "test"):
+    if split not in SPLITS:
         raise DitkitError(f"split is {split!r}", allowed="'train' or 'test'")
     if name not in EMBEDDED:
-        raise DitkitError(f"there is no data set {name!r}", allowed=", ".join(EMBEDDED), hint=nearest(name, EMBEDDED))
+        if "/" in name or Path(name).exists():
+            from .folder import open_path
+
+            own: Dataset = open_path(name, split, **options)
+            return own
+        raise DitkitError(f"there is no data set {name!r}", allowed=", ".join((*EMBEDDED, "a path")), hint=nearest(name, EMBEDDED))
     data: Dataset = importlib.import_module(f".{EMBEDDED[name]}", __name__).load(split, **options)
     return data
