@@ -1,0 +1,156 @@
+"""Solvers against diffusers' schedulers, live, on a made-up network in float32."""
+
+import pytest
+import torch
+from golden import relative
+
+from ditkit.diffusion.edm import EDM
+from ditkit.diffusion.flow import Flow
+from ditkit.diffusion.gaussian import Gaussian
+from ditkit.diffusion.solvers import SOLVERS
+from ditkit.interop.verify import quiet_imports
+
+with quiet_imports():
+    from diffusers import (
+        DDIMScheduler,
+        DDPMScheduler,
+        DPMSolverMultistepScheduler,
+        EDMEulerScheduler,
+        FlowMatchEulerDiscreteScheduler,
+    )
+
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore:__array__ implementation")]  # diffusers with numpy 2
+TOLERANCE = 1e-4
+SHAPE = (2, 3, 5, 4)
+NAMES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+
+
+class Steps:
+    """As many steps, no model."""
+
+    methods = ()
+
+    def __init__(self, num_steps):
+        self.num_steps = num_steps
+
+    def steps(self):
+        yield from range(self.num_steps)
+
+
+def network(x, t, learned=False):
+    """Smooth in x and in the network's time; a second half of channels if ``learned``."""
+    out = 0.9 * x + 0.3 * torch.sin(3 * x + t / 300)
+    return torch.cat([out, torch.cos(2 * x)], 1) if learned else out
+
+
+def start():
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+
+
+def ours(name, process, num_steps, learned=False, noise_seed=1, **options):
+    """The states after each step."""
+    states, g = [], torch.Generator().manual_seed(noise_seed)
+
+    def denoise(x, t):
+        states.append(x)
+        return network(process.network_input(x, t), process.network_time(t), learned)
+
+    def draw(step, purpose):
+        return torch.randn(SHAPE, generator=g)
+
+    final = SOLVERS[name](denoise, process.start(start()), process, Steps(num_steps), draw, **options)
+    return torch.stack([*states[1:], final])
+
+
+def theirs(scheduler, learned=False, noise_seed=1, scale=1.0, noisy=True):
+    states, x, g = [], scale * start(), torch.Generator().manual_seed(noise_seed)
+    for t in scheduler.timesteps:
+        inner = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        out = network(inner, t, learned)
+        x = scheduler.step(out, t, x, generator=g).prev_sample if noisy else scheduler.step(out, t, x).prev_sample
+        states.append(x)
+    return torch.stack(states)
+
+
+def same(a, b):
+    assert relative(a[-1], b[-1]) <= TOLERANCE
+    assert relative(a, b) <= TOLERANCE
+
+
+VARIANCES = {"learned": "learned_range", "fixed_small": "fixed_small", "fixed_large": "fixed_large"}
+
+
+@pytest.mark.parametrize("variance", list(VARIANCES))
+@pytest.mark.parametrize(("num_steps", "spacing"), [(250, "linspace"), (50, "leading")])
+def test_ddpm(variance, num_steps, spacing):
+    scheduler = DDPMScheduler(variance_type=VARIANCES[variance], clip_sample=False, timestep_spacing=spacing)
+    scheduler.set_timesteps(num_steps)
+    process, learned = Gaussian(variance=variance), variance == "learned"
+    same(ours("ddpm", process, num_steps, learned, spacing=spacing), theirs(scheduler, learned))
+
+
+@pytest.mark.parametrize("prediction", list(NAMES))
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_ddim(prediction, schedule):
+    scheduler = DDIMScheduler(beta_schedule=schedule, prediction_type=NAMES[prediction], clip_sample=False, timestep_spacing="trailing")
+    scheduler.set_timesteps(50)
+    process = Gaussian(schedule=schedule, prediction=prediction, variance="fixed_small", beta_range=(1e-4, 0.02))
+    same(ours("ddim", process, 50, spacing="trailing"), theirs(scheduler))
+
+
+def test_ddim_with_noise():
+    scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="leading")
+    scheduler.set_timesteps(50)
+    states, x, g = [], start(), torch.Generator().manual_seed(1)
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, t), t, x, eta=0.7, generator=g).prev_sample
+        states.append(x)
+    same(ours("ddim", Gaussian(variance="fixed_small"), 50, spacing="leading", eta=0.7), torch.stack(states))
+
+
+@pytest.mark.parametrize("prediction", list(NAMES))
+@pytest.mark.parametrize("num_steps", [10, 20, 50])
+def test_dpm_plus_plus_2m(prediction, num_steps):
+    scheduler = DPMSolverMultistepScheduler(prediction_type=NAMES[prediction])
+    scheduler.set_timesteps(num_steps)
+    times = torch.cat([(scheduler.timesteps + 1).double() / 1000, torch.zeros(1)])
+    process = Gaussian(prediction=prediction, variance="fixed_small")
+    same(ours("dpm++2m", process, num_steps, times=times), theirs(scheduler, noisy=False))
+
+
+def test_dpm_plus_plus_2m_on_a_flow():
+    scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    scheduler.set_timesteps(20)
+    process = Flow()
+    got = ours("dpm++2m", process, 20, times=scheduler.sigmas)
+    scheduler.timesteps = scheduler.sigmas[:-1] * 1000  # diffusers rounds the times it tells the network
+    states, x = [], start()
+    for i, t in enumerate(scheduler.timesteps):
+        scheduler._step_index = i
+        x = scheduler.step(network(x, t), t, x).prev_sample
+        states.append(x)
+    same(got, torch.stack(states))
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_match_euler(shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(50)
+    same(ours("euler", Flow(), 50, times=scheduler.sigmas), theirs(scheduler, noisy=False))
+
+
+def test_flow_match_times():
+    """Without a shift the tables are equal; with one, diffusers shifts the end points twice (A03), and we once."""
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(50)
+    assert (Flow().times(50, "linspace") - scheduler.sigmas).abs().max() < 1e-6
+    built = FlowMatchEulerDiscreteScheduler(shift=3.0).sigmas
+    assert (Flow(shift=3.0).times(1000, "linspace")[:-1] - built).abs().max() < 1e-6
+
+
+def test_edm_euler():
+    scheduler = EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, rho=7.0)
+    scheduler.set_timesteps(50)
+    process = EDM()
+    assert (80 * process.times(50) - scheduler.sigmas).abs().max() < 1e-4
+    same(ours("euler", process, 50), theirs(scheduler, scale=80.0, noisy=False))
