@@ -170,21 +170,20 @@ class LoRA(Method):
         return (self._modes[at.block] or None) if self.strength(at.step, at.num_steps) else None
 
     def feed(self, at: At) -> dict[str, Tensor]:
-        given = {}
-        for name, _ in self._modes[at.block]:
-            pair = self.pair(f"blocks.{at.block}.{name}")
-            given[f"{name}.A"], given[f"{name}.B"] = pair.A, pair.B
-        return {**given, **self._scales(at)}
-
-    def _scales(self, at: At) -> dict[str, Tensor]:
-        """alpha / r times strength for each target of the block, as tensors: a number would be a constant of the graph."""
         strength = self.strength(at.step, at.num_steps)
-        key = (at.block, strength)
-        if key not in at.memory:
-            names = [name for name, _ in self._modes[at.block]]
-            values = {n: strength * self.targets[f"blocks.{at.block}.{n}"].scale for n in names}
-            at.memory[key] = {f"{n}.scale": self.pair(f"blocks.{at.block}.{n}").A.new_tensor(v) for n, v in values.items()}
-        return at.memory[key]
+        if at.block not in at.memory:  # the modules may be kept for the run; their parameters come and go under sharding
+            at.memory[at.block] = [(n, self.pair(f"blocks.{at.block}.{n}")) for n, _ in self._modes[at.block]]
+        if (at.block, strength) not in at.memory:
+            at.memory[at.block, strength] = self._scales(at.block, strength)
+        given = dict(at.memory[at.block, strength])
+        for name, pair in at.memory[at.block]:
+            given[f"{name}.A"], given[f"{name}.B"] = pair.A, pair.B
+        return given
+
+    def _scales(self, block: int, strength: float) -> dict[str, Tensor]:
+        """alpha / r times strength for each target of a block, as tensors: a number would be a constant of the graph."""
+        values = {n: strength * self.targets[f"blocks.{block}.{n}"].scale for n, _ in self._modes[block]}
+        return {f"{n}.scale": self.pair(f"blocks.{block}.{n}").A.new_tensor(v) for n, v in values.items()}
 
     def linear(self, nxt: Any, x: Tensor, site: Site) -> Tensor:
         name, given = site.branch, site.given
