@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ditkit.backbones.dit import DiT
+from ditkit.core import registry
 from ditkit.core.errors import ConfigError, DitkitError, WeightsError
 from ditkit.core.files import TensorFile, read_tensors, write_tensors
 from ditkit.core.view import with_methods
@@ -225,6 +226,18 @@ def test_what_is_written_reads_back_the_same(tmp_path: Path, chosen: set[str], f
     again = load_lora(save_lora(tmp_path, lora, dit, format, layout), dit).lora
     assert again.targets == lora.targets
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), lora.state_dict().values()))
+
+
+def test_a_backbone_without_name_tables_keeps_its_own_names(tmp_path: Path) -> None:
+    """Two streams, from another package: its module paths are the names."""
+    model = registry.get("backbones", "two_streams").tiny()  # type: ignore[attr-defined]
+    lora = LoRA(rank=2, include="qkv")
+    lora.build(model)
+    again = load_lora(save_lora(tmp_path, lora, model, "peft", "ditkit"), model).lora
+    assert again.targets == lora.targets
+    assert {n.split(".")[2] for n in again.targets} == {"img", "text"}
+    with pytest.raises(DitkitError, match=r"layout 'diffusers'.*ditkit"):
+        save_lora(tmp_path, lora, model)
 
 
 def test_loaded_it_is_a_method_with_strength_and_label(dit: DiT, tmp_path: Path) -> None:

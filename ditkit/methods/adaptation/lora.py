@@ -327,7 +327,7 @@ def _like(module: nn.Module, model: Backbone) -> Tensor:
     """A tensor of the dtype and device that the factors get: the weight's, or the model's where the weight is quantised."""
     weight = getattr(module, "weight", None)
     candidates = [weight] if isinstance(weight, Tensor) else []
-    return next(p for p in (*candidates, *model.parameters()) if p.is_floating_point())
+    return next(p for p in (*candidates, *model.parameters()) if p.is_floating_point() and p.element_size() > 1)
 
 
 def _plant(root: nn.Module, path: str, module: nn.Module) -> None:
