@@ -6,7 +6,8 @@ The model is built without memory, each tensor is read, cast and moved in turn, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,15 +94,14 @@ def fill(
     for method in replacing:
         method.install(model)
     matched: set[str] = set()
-    loaded: dict[int, nn.Parameter] = {}  # by the identity of the empty one: shared parameters stay shared
+    share = _shared(model)
     targets = {path: (parent, name) for path, parent, name in projections(model)}
-    for path, module in list(model.named_modules()):
+    for path in [path for path, _ in model.named_modules()]:  # paths: a list of modules would keep what is replaced
+        module = model.get_submodule(path)
         for name, empty in module._parameters.items():
             if empty is not None:
-                if id(empty) not in loaded:
-                    value = _read(source, f"{path}.{name}".lstrip("."), empty, dtype, device, where)
-                    loaded[id(empty)] = nn.Parameter(value, requires_grad=empty.requires_grad)
-                module._parameters[name] = loaded[id(empty)]
+                value = _read(source, f"{path}.{name}".lstrip("."), empty, dtype, device, where)
+                module._parameters[name] = share(empty, nn.Parameter(value, requires_grad=empty.requires_grad))
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 module._buffers[name] = _read(source, f"{path}.{name}".lstrip("."), buffer, dtype, device, where)
@@ -113,6 +113,17 @@ def fill(
     _computed_buffers(model, device)
     model.methods = nn.ModuleDict({m.label: m for m in replacing})
     return model
+
+
+def _shared(model: nn.Module) -> Callable[[nn.Parameter, nn.Parameter], nn.Parameter]:
+    """``share(empty, full)``: ``full``, or what was made before of the same empty parameter. Only parameters that occur twice are held."""
+    empties = [p for _, p in model.named_parameters(remove_duplicate=False)]  # held, so that their identities stay theirs
+    times, made = Counter(map(id, empties)), dict[int, nn.Parameter]()
+
+    def share(empty: nn.Parameter, full: nn.Parameter) -> nn.Parameter:
+        return made.setdefault(id(empty), full) if empties and times[id(empty)] > 1 else full
+
+    return share
 
 
 def _read(source: Source, name: str, empty: Tensor, dtype: torch.dtype, device: torch.device, where: str) -> Tensor:

@@ -34,7 +34,7 @@ from ditkit.diffusion.solvers import SOLVERS
 from ditkit.finite import NotFinite, Watch, find_module, finite
 from ditkit.loading import choose, load_model, shapes_of
 from ditkit.output import Output, read_record, to_images
-from ditkit.request import MAX_SEED, Request, choose_guidance, expand_labels, find_solver, whole
+from ditkit.request import MAX_SEED, Request, check_sampling, choose_guidance, expand_labels, find_solver, whole
 
 log = logging.getLogger("ditkit")
 
@@ -66,7 +66,7 @@ class Pipeline:
         self.guidance = Guidance.parse(config.sampling.guidance, "sampling.guidance")
         self.codec = codec if codec is not None else _codec(config)
         _check_channels(model, self.process, self.codec, config)
-        find_solver(config.sampling.solver)
+        check_sampling(model, self.process, config.sampling)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, dtype: Any = "auto", device: Any = "auto", methods: Sequence[Method] = ()) -> Pipeline:
@@ -324,6 +324,8 @@ def _check_channels(model: Backbone, process: Process, codec: Codec, config: Bun
     shape, cfg = config.data.shape, model.config
     if len(shape) != 3 or min(shape) < 1:
         raise ConfigError(f"data.shape is {shape}", allowed="(C, H, W)")
+    if config.data.labels and len(config.data.labels) != cfg.num_classes:
+        raise ConfigError(f"data.labels has {len(config.data.labels)} names", allowed=f"{cfg.num_classes}, as many as classes, or none")
     want = {
         "data.shape[0]": (shape[0], codec.in_channels),
         "backbone in_channels": (cfg.in_channels, codec.channels),

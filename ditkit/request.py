@@ -7,10 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ditkit.bundle import Sampling
+from ditkit.core.backbone import Backbone
 from ditkit.core.errors import DitkitError, nearest
+from ditkit.core.run import Run
 from ditkit.diffusion.guidance import Guidance
+from ditkit.diffusion.process import Process
 from ditkit.diffusion.solvers import SOLVERS
 
 MAX_SEED = 2**63 - 1
@@ -75,6 +80,24 @@ def whole(name: str, value: Any, low: int, high: int) -> int:
     if isinstance(value, bool) or not low <= number <= high:
         raise DitkitError(f"{name} is {value!r}", allowed=f"whole numbers from {low} to {high}")
     return number
+
+
+class _Checked(Exception):
+    pass
+
+
+def check_sampling(model: Backbone, process: Process, sampling: Sampling) -> None:
+    """Raise DitkitError where a bundle's solver, its options, steps and process do not fit; the network is not called."""
+
+    def stop(x: Tensor, t: Any) -> Tensor:
+        raise _Checked
+
+    run = Run(model, sampling.num_inference_steps, active=())
+    x = torch.zeros(1, 1, 1, 1)
+    try:
+        SOLVERS[find_solver(sampling.solver)](stop, x, process, run, lambda step, purpose: x, **sampling.options)
+    except _Checked:
+        return
 
 
 def find_solver(name: str) -> str:

@@ -112,6 +112,14 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ConfigError(f"key {key!r} is given twice", hint="keep one of them")
+    return dict(pairs)
+
+
 def read_data(path: str | Path) -> Any:
     """The plain data in a ``.json`` or ``.yaml`` file of at most 1 MB; raises ConfigError."""
     path = Path(path)
@@ -121,8 +129,10 @@ def read_data(path: str | Path) -> Any:
         raise ConfigError(f"{path} has {path.stat().st_size} bytes", allowed=f"at most {MAX_FILE_BYTES}")
     try:
         text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
-    except (json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        return json.loads(text, object_pairs_hook=_unique) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
+    except ConfigError:
+        raise
+    except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, a number or date that cannot be
         raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}", hint="correct the file") from None
 
 

@@ -12,6 +12,7 @@ import math
 import os
 import secrets
 import shutil
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,7 +88,8 @@ class TensorEntry:
 
 
 class TensorFile:
-    """An open tensor file whose header was checked; ``read`` brings one tensor into memory. A ``Source``, and a context manager.
+    """An open tensor file whose header was checked; ``read`` brings one tensor into memory. A ``Source``, and a context manager;
+    without ``with`` it is closed when nobody holds it any more.
 
     Attributes:
         entries: what the file holds, by name, in the order of the data.
@@ -102,11 +104,8 @@ class TensorFile:
             self._file: BinaryIO = self.path.open("rb")
         except OSError as error:
             raise WeightsError(f"{self.path} cannot be opened: {error.strerror}", hint="check its permissions") from None
-        try:
-            self.metadata, self.entries, self._data = _read_header(self._file, self.path)
-        except BaseException:
-            self._file.close()
-            raise
+        weakref.finalize(self, self._file.close)
+        self.metadata, self.entries, self._data = _read_header(self._file, self.path)
 
     def __enter__(self) -> TensorFile:
         return self

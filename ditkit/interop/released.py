@@ -67,7 +67,7 @@ def open_released(path: Path, hints: Hints | None = None) -> Opened:
 
 
 def released_defaults(system: str, learned: bool) -> tuple[Part, Sampling]:
-    """Process and sampler of the released ``sample.py``: 250 steps, scale 4, guidance on the first three channels.
+    """Process and sampler of the released ``sample.py``: 250 steps (of DDPM; SiT: dopri5, at most), scale 4 on the first three channels.
 
     Args:
         system: "dit", or "sit" (linear path and velocity, its default; time runs from noise at 0 to data at 1).
@@ -77,6 +77,6 @@ def released_defaults(system: str, learned: bool) -> tuple[Part, Sampling]:
     if system == "dit":
         return gaussian(learned), Sampling(solver="ddpm", num_inference_steps=250, guidance=dict(guidance))
     if system == "sit":
-        process = Part(name="flow", config={"network_time": "sit", "discard_half": learned})
-        return process, Sampling(solver="euler", num_inference_steps=250, guidance=dict(guidance))
+        process = Part(name="interpolant", config={"path": "linear", "prediction": "velocity", "discard_half": learned})
+        return process, Sampling(solver="dopri5", num_inference_steps=250, guidance=dict(guidance))
     raise DitkitError(f"system is {system!r}", allowed="dit, sit")

@@ -5,6 +5,7 @@ from golden import load_dit, open_golden, relative
 from released_dit import compute
 
 from ditkit.diffusion.flow import Flow
+from ditkit.diffusion.interpolant import Interpolant
 
 G = open_golden("sit")
 pytestmark = pytest.mark.parity
@@ -15,9 +16,9 @@ def model():
     return load_dit(G)
 
 
-@pytest.fixture(scope="module")
-def process():
-    return Flow(network_time="sit", discard_half=G.config["learn_sigma"])
+@pytest.fixture(scope="module", params=[Flow, Interpolant])
+def process(request):
+    return request.param(network_time="sit", discard_half=G.config["learn_sigma"])
 
 
 @pytest.mark.parametrize("name", G.starting("out"))
