@@ -79,10 +79,10 @@ class Validity(Config):
 
     @classmethod
     def of(cls, config: BundleConfig, method: Method) -> Validity:
-        """What ``method`` depends on in this bundle: solver and steps too, if its plan depends on the step."""
+        """What ``method`` depends on in this bundle: solver and steps too, if its state is bound to them."""
         any_run = cls(backbone=config.backbone, process=config.process)
         steps = {"solver": config.sampling.solver, "num_inference_steps": config.sampling.num_inference_steps}
-        return any_run.model_copy(update=steps) if method.scheduled else any_run
+        return any_run.model_copy(update=steps) if method.step_bound else any_run
 
     def check_model(self, label: str, config: BundleConfig) -> None:
         """Raise ConfigError where backbone or process are others."""

@@ -47,7 +47,8 @@ class Method(nn.Module):
     breaks: ClassVar[frozenset[str]] = frozenset()
     exact: ClassVar[bool] = False
     tolerance: ClassVar[float] = 1e-5
-    scheduled: ClassVar[bool] = False  # the plan depends on the step: needs a solver whose steps are known in advance
+    scheduled: bool = False  # the plan depends on the step: needs a solver whose steps are known in advance
+    step_bound: ClassVar[bool] = False  # its learned state is for one solver and number of steps (a router)
 
     def __init__(self, config: Config | None = None, **values: Any) -> None:
         super().__init__()

@@ -104,9 +104,16 @@ def test_a_state_made_for_other_steps_or_solver_is_refused_when_sampling(pipe, t
         x_of(loaded, num_inference_steps=10, solver="ddpm")
 
 
-def test_a_scheduled_method_is_valid_for_its_solver_and_steps_a_plain_one_for_any(pipe):
-    assert Validity.of(pipe.config, LoRA(rank=2)).num_inference_steps is None
-    learned = Validity.of(pipe.config, FORA(interval=2))
+class Router(FORA):
+    """A method whose learned state is for one number of steps."""
+
+    step_bound = True
+
+
+def test_a_step_bound_state_is_valid_for_its_solver_and_steps_any_other_for_all(pipe):
+    for free in (LoRA(rank=2), LoRA(rank=2, window=(0.2, 0.5)), FORA(interval=2)):
+        assert Validity.of(pipe.config, free).num_inference_steps is None
+    learned = Validity.of(pipe.config, Router(interval=2))
     assert (learned.solver, learned.num_inference_steps) == ("ddim", 4)
 
 

@@ -121,7 +121,7 @@ class LoRA(Method):
         super().__init__(config, **values)
         self.targets: dict[str, Target] = {}
         self._modes: list[tuple[tuple[str, int], ...]] = []  # by block
-        self.scheduled = not self.constant  # type: ignore[misc]
+        self.scheduled = not self.constant
 
     @property
     def constant(self) -> bool:
