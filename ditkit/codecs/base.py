@@ -41,6 +41,7 @@ class Codec(nn.Module):
         in_channels, channels: of the data and of the latents.
         factor: pixels of a side that one latent stands for.
         scale, shift: of the normalisation, one number or one a channel.
+        has_folder: its configuration names a folder that holds the weights.
     """
 
     name: ClassVar[str] = ""
@@ -49,6 +50,7 @@ class Codec(nn.Module):
     in_channels: int
     channels: int
     factor: int = 1
+    has_folder: ClassVar[bool] = False
     scale: tuple[float, ...] = (1.0,)
     shift: tuple[float, ...] = (0.0,)
 

@@ -83,6 +83,7 @@ class VAE(Codec):
 
     name = "vae"
     config_class = VAEConfig
+    has_folder = True
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()

@@ -20,8 +20,17 @@ SPLITS: tuple[Split, ...] = ("train", "test")
 EMBEDDED: dict[str, str] = {"digits": "digits", "scenes": "scenes"}  # name -> module
 
 
+class NoSplit(DitkitError):
+    """A data set of the user's own that has no such split: nothing was set aside for it."""
+
+
 class Dataset(Protocol):
-    """Samples that can be had in any order, without state: the order is the trainer's."""
+    """Samples that can be had in any order, without state: the order is the trainer's.
+
+    A set whose samples change from step to step (mirrored pictures, draws of a posterior) also has
+    ``augmented(indices, *, seed, step)``, which training then calls in place of ``batch``; one that has captions,
+    ``captions(indices) -> list[str]``.
+    """
 
     @property
     def name(self) -> str:
@@ -49,7 +58,7 @@ def load(name: str, split: Split = "train", **options: Any) -> Dataset:
     """The data set of that name or at that path: a folder of pictures, of ``.tar`` shards or of cached latents.
 
     Raises:
-        DitkitError: there is none of that name, or no such split.
+        DitkitError: there is none of that name. NoSplit: a set of your own without that split.
     """
     if split not in SPLITS:
         raise DitkitError(f"split is {split!r}", allowed="'train' or 'test'")

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ditkit.core.errors import DitkitError
 
+from . import NoSplit
 from .pictures import ImageConfig, Kind, Pictures, held_out, refuse_missing, scanned
 from .scan import Fault, Member, Sample
 from .transforms import SUFFIXES
@@ -59,7 +60,7 @@ def split_folder(root: Path, split: str) -> Path:
     if not there:
         return root
     if split not in there:
-        raise DitkitError(f"{root} has no split {split!r}", allowed=", ".join(there), hint=f"make {root / split}")
+        raise NoSplit(f"{root} has no split {split!r}", allowed=", ".join(there), hint=f"make {root / split}")
     return there[split]
 
 
@@ -174,15 +175,17 @@ def _labels(root: Path, samples: Sequence[Sample]) -> list[str]:
     return sorted(found)
 
 
-def open_path(path: str | Path, split: str = "train", **options: Any) -> Any:
-    """The data set in a folder: cached latents, ``.tar`` shards, or pictures."""
+def open_path(path: str | Path, split: str = "train", *, progress: bool = True, **options: Any) -> Any:
+    """The data set in a folder: cached latents, ``.tar`` shards, or pictures. Or in one ``.tar`` file."""
     from .latents import INDEX, LatentSet
     from .shards import ImageShards
 
     root = Path(path)
+    if root.is_file() and root.suffix == ".tar":
+        return ImageShards(root, split, progress=progress, **options)
     folders = [root, *splits(root).values()]
     if any((folder / INDEX).is_file() for folder in folders):
         return LatentSet(root, split, **options)
     if any(any(folder.glob("*.tar")) for folder in folders):
-        return ImageShards(root, split, **options)
-    return ImageFolder(root, split, **options)
+        return ImageShards(root, split, progress=progress, **options)
+    return ImageFolder(root, split, progress=progress, **options)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from safetensors import safe_open
 from torch import Tensor
 
 from ditkit.core.config import Config, read_data
@@ -19,6 +18,7 @@ from ditkit.core.errors import DitkitError, WeightsError
 from ditkit.core.files import TensorFile
 from ditkit.diffusion.noise import normal
 
+from . import NoSplit
 from .folder import split_folder
 from .transforms import check_indices, mirrored, sample_seeds
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .latents import CacheReport
 
 INDEX = "latents.json"
+CODEC = "codec"  # folder with the weights of a codec that was trained here; a VAE stays where it is
 PLAIN, MIRRORED = ("mean", "std"), ("mean_mirrored", "std_mirrored")
 
 
@@ -45,6 +46,7 @@ class Index(Config):
     format: Literal[1] = 1
     source: str = Field(description="data set that was encoded")
     shape: tuple[int, int, int] = Field(description="(c, h, w) of a latent")
+    picture_shape: tuple[int, int, int] = Field(description="(C, H, W) of a picture")
     labels: tuple[str, ...] = Field((), description="class names; empty: no labels")
     captions: bool = Field(False, description="captions are kept")
     mirrored: bool = Field(description="latents of the mirrored pictures are kept")
@@ -56,9 +58,34 @@ class Index(Config):
 
     @model_validator(mode="after")
     def _positive(self) -> Index:
-        if min(self.shape) < 1:
-            raise ValueError(f"shape {self.shape} has an empty side")
+        if min(*self.shape, *self.picture_shape) < 1:
+            raise ValueError(f"shape {self.shape} or picture_shape {self.picture_shape} has an empty side")
         return self
+
+
+class LatentConfig(Config):
+    """Options of ``data.load`` for cached latents."""
+
+    flip: bool | None = Field(None, description="mirror half of the samples at every step; absent: if the mirrored latents are there")
+    vae: str | None = Field(None, description="where the VAE is now, if it is not where it was when the latents were made")
+
+
+class MappedTensors:
+    """A tensor file of which rows are read by their number, without reading the rest."""
+
+    def __init__(self, path: Path) -> None:
+        with TensorFile(path) as file:
+            self.metadata, self.entries = file.metadata, file.entries
+        with path.open("rb") as raw:
+            self._data = 8 + int.from_bytes(raw.read(8), "little")
+        self._bytes = np.memmap(path, np.uint8, "r")
+
+    def rows(self, name: str, indices: np.ndarray) -> Tensor:
+        """Rows of the tensor ``name``, copied."""
+        entry = self.entries[name]
+        start, end = self._data + entry.start, self._data + entry.end
+        picked = self._bytes[start:end].reshape(entry.shape[0], -1)[indices]
+        return torch.from_numpy(np.asarray(picked)).view(entry.dtype).reshape(len(indices), *entry.shape[1:])
 
 
 class LatentSet:
@@ -66,7 +93,7 @@ class LatentSet:
 
     Args:
         root: a folder made by ``cache_latents``, or one with such folders named train and test.
-        flip: mirror half of the samples at every step; default: if the mirrored latents are there.
+        options: see ``LatentConfig``.
 
     Raises:
         DitkitError: ``flip`` without the mirrored latents. WeightsError: a shard is missing, cut off or of another shape.
@@ -74,13 +101,15 @@ class LatentSet:
 
     report: CacheReport | None = None  # what was done, where ``cache_latents`` returned this
 
-    def __init__(self, root: str | Path, split: str = "train", *, flip: bool | None = None) -> None:
+    def __init__(self, root: str | Path, split: str = "train", **options: Any) -> None:
+        self.config = LatentConfig.parse(options, f"options of {root}")
         self.name, self.folder = str(root), _find(Path(root), split)
         self.index = index = Index.parse(read_data(self.folder / INDEX), str(self.folder / INDEX))
-        self.flip = index.mirrored if flip is None else flip
+        self.flip = index.mirrored if self.config.flip is None else self.config.flip
         if self.flip and not index.mirrored:
             raise DitkitError(f"{self.folder} lacks the latents of the mirrored pictures", hint="cache_latents(..., flip=True) adds them")
-        self.shape, self.labels, self.num_classes = index.shape, list(index.labels), len(index.labels)
+        self.shape, self.picture_shape = index.shape, index.picture_shape
+        self.labels, self.num_classes = list(index.labels), len(index.labels)
         self._starts = np.cumsum([0, *(s.rows for s in index.shards)])
         labels = [self._check(s) for s in index.shards]
         self._y = torch.cat([y for y in labels if y is not None]) if index.labels else None
@@ -117,17 +146,23 @@ class LatentSet:
         """The caption of each sample; raises DitkitError where none were cached."""
         if not self.index.captions:
             raise DitkitError(f"{self.folder} holds no captions", hint="cache a data set that has them")
-        return [self._texts(shard)[row] for shard, row in self._places(check_indices(indices, len(self)))]
+        indices = check_indices(indices, len(self))
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        return [self._texts(int(s))[int(i - self._starts[s])] for s, i in zip(shards, indices)]
 
-    def codec(self, **changes: Any) -> Codec:
-        """The codec that decodes these latents. ``changes`` to its configuration: a VAE that has moved needs ``path``.
+    def codec(self) -> Codec:
+        """The codec that decodes these latents: the one kept in the cache, or a VAE where it lies.
 
         Raises:
             DitkitError: its weights are not those that made the latents.
         """
-        from ditkit.codecs import codec_from
+        from ditkit.codecs import codec_from, load_codec
 
-        codec = codec_from(self.index.codec, {**self.index.codec_config, **changes})
+        if (self.folder / CODEC).is_dir():
+            codec = load_codec(self.folder / CODEC)
+        else:
+            moved = {} if self.config.vae is None else {"path": self.config.vae}
+            codec = codec_from(self.index.codec, {**self.index.codec_config, **moved})
         if codec.content_hash() != self.index.codec_hash:
             raise DitkitError(f"this codec is not the one that made the latents of {self.folder}", hint="load its weights, or cache again")
         return codec
@@ -138,22 +173,21 @@ class LatentSet:
             if sha256_of(self.folder / shard.file) != shard.sha256:
                 raise WeightsError(f"{self.folder / shard.file} was altered", hint="delete it and run cache_latents again")
 
-    def _places(self, indices: np.ndarray) -> list[tuple[int, int]]:
-        shards = np.searchsorted(self._starts, indices, side="right") - 1
-        return [(int(s), int(i - self._starts[s])) for s, i in zip(shards, indices)]
-
     def _rows(self, name: str, indices: np.ndarray) -> Tensor:
-        rows = [self._file(shard).get_slice(name)[row : row + 1] for shard, row in self._places(indices)]
-        x = torch.cat(rows).float() if rows else torch.empty(0, *self.shape)
+        x = torch.empty(len(indices), *self.shape)
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        for shard in np.unique(shards):
+            here = shards == shard
+            x[torch.from_numpy(here)] = self._file(int(shard)).rows(name, indices[here] - self._starts[shard]).float()
         if not bool(torch.isfinite(x).all()):
             raise WeightsError(f"{self.folder}: {name!r} is not finite in samples {indices.tolist()}", hint="verify() names the file")
         return x
 
-    def _open(self, shard: int) -> Any:
-        return safe_open(self.folder / self.index.shards[shard].file, "pt")
+    def _open(self, shard: int) -> MappedTensors:
+        return MappedTensors(self.folder / self.index.shards[shard].file)
 
     def _captions_of(self, shard: int) -> list[str]:
-        texts: list[str] = json.loads(self._file(shard).metadata()["captions"])
+        texts: list[str] = json.loads(self._file(shard).metadata["captions"])
         return texts
 
     def _check(self, shard: Shard) -> Tensor | None:
@@ -177,7 +211,7 @@ def _find(root: Path, split: str) -> Path:
     if not (folder / INDEX).is_file():
         raise DitkitError(f"{folder} holds no cached latents", hint="make them with cache_latents")
     if folder == root and split != "train":
-        raise DitkitError(f"{root} holds one set of latents, for split 'train'", hint=f"cache split {split!r} in a folder {split}/")
+        raise NoSplit(f"{root} holds one set of latents, for split 'train'", hint=f"cache split {split!r} in a folder {split}/")
     return folder
 
 

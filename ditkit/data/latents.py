@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ditkit.codecs.base import save_codec
 from ditkit.core.config import read_data
 from ditkit.core.errors import DitkitError, WeightsError
 from ditkit.core.files import TensorFile, remove_temporary, write_json, write_tensors
 
-from .latent_set import INDEX, MIRRORED, PLAIN, Index, LatentSet, Shard, sha256_of
+from .latent_set import CODEC, INDEX, MIRRORED, PLAIN, Index, LatentSet, MappedTensors, Shard, sha256_of
 from .pictures import Pictures
 
 if TYPE_CHECKING:
@@ -90,7 +91,9 @@ class _Work:
     def __init__(self, dataset: Dataset, codec: Codec, folder: Path, flip: bool, dtype: Any, batch_size: int) -> None:
         self.dataset, self.codec, self.folder, self.dtype, self.batch_size = dataset, codec, folder, dtype, batch_size
         self.names = (*PLAIN, *MIRRORED) if flip else PLAIN
-        self.shape = codec.latent_shape((*dataset.shape,))
+        channels, height, width = dataset.shape
+        self.picture_shape = (channels, height, width)
+        self.shape = codec.latent_shape(self.picture_shape)
         self.codec_hash = codec.content_hash()
         self.with_captions = bool(getattr(dataset, "has_captions", hasattr(dataset, "captions")))
         self.encoded = 0
@@ -111,6 +114,8 @@ class _Work:
             name, is_new = self._shard(ids, bar)
             known = None if is_new else sums.get(name)
             shards.append(Shard(file=name, rows=len(ids), sha256=known or sha256_of(self.folder / name)))
+        if not self.codec.has_folder and self.codec.state_dict():
+            save_codec(self.codec, self.folder / CODEC)
         write_json(self.folder / INDEX, self._index(shards).to_dict())
         kept = {s.file for s in shards}
         for path in self.folder.glob("latents-*.safetensors"):
@@ -121,6 +126,7 @@ class _Work:
         return Index(
             source=str(self.dataset.name),
             shape=self.shape,
+            picture_shape=self.picture_shape,
             labels=tuple(self.dataset.labels),
             captions=self.with_captions,
             mirrored=self.names != PLAIN,
@@ -166,10 +172,11 @@ class _Work:
         out = {name: torch.empty(len(ids), *self.shape, dtype=dtype) for name in self.names}
         found = self._older()
         old = [row for row, key in enumerate(keys) if key in found]
-        for row in old:
-            path, place = found[keys[row]]
-            for name, value in _read_row(path, place, self.names).items():
-                out[name][row] = value
+        for path in {found[keys[row]][0] for row in old}:
+            here = [row for row in old if found[keys[row]][0] == path]
+            mapped = MappedTensors(path)
+            for name in self.names:
+                out[name][here] = mapped.rows(name, np.array([found[keys[row]][1] for row in here]))
         bar.update(len(old))
         new = np.array([row for row, key in enumerate(keys) if key not in found], np.int64)
         for rows in self._parts(new):
@@ -233,13 +240,6 @@ class _Work:
             except (KeyError, ValueError):
                 return {}
             return {key: (path, row) for row, key in enumerate(keys[: file.entries["mean"].shape[0]])}
-
-
-def _read_row(path: Path, row: int, names: tuple[str, ...]) -> dict[str, Tensor]:
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return {name: file.get_slice(name)[row] for name in names}
 
 
 def _sums(folder: Path) -> dict[str, str]:

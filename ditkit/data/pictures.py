@@ -16,6 +16,7 @@ from pydantic import Field
 from ditkit.core.cache import cache_dir
 from ditkit.core.errors import DitkitError
 
+from . import NoSplit
 from .captions import decode_caption
 from .scan import Fault, Limits, Picture, Sample, Scan, read_member, scan
 from .transforms import Transform, apply, check_indices, crop_places, mirrored, quiet
@@ -189,7 +190,7 @@ def held_out(pictures: list[Picture], test_fraction: float, split: str) -> list[
     """The pictures of a split. Chosen by content: copies of a picture never stand in both, and new ones move none."""
     part = [p for p in pictures if (int(p.sha256[:13], 16) / 16**13 < test_fraction) == (split == "test")]
     if not part:
-        raise DitkitError(
+        raise NoSplit(
             f"split {split!r} is empty",
             allowed=f"folders train and test, or a larger test_fraction (it is {test_fraction})",
             hint="make one of them",

@@ -138,7 +138,8 @@ def scan(
     workers = workers or min(8, os.cpu_count() or 1)
     with known, quiet, ThreadPoolExecutor(workers) as pool, tqdm(total=len(samples), desc="scan", delay=2, disable=not progress) as bar:
         for chunk in _chunks(samples, _CHUNK):
-            for sample, (record, is_new, caption) in zip(chunk, pool.map(check, chunk)):
+            apply = map if all(check.knows(s) for s in chunk) else pool.map
+            for sample, (record, is_new, caption) in zip(chunk, apply(check, chunk)):
                 decoded += is_new
                 if is_new:
                     known.add(sample.picture, record)
@@ -236,6 +237,10 @@ class _Checker:
         except OSError as error:  # the disk's fault, perhaps not for long: reported, not remembered
             record, is_new = self._bad(f"cannot be read: {error.strerror or error}"), False
         return record, is_new, self._caption(sample.caption)
+
+    def knows(self, sample: Sample) -> bool:
+        """Whether nothing has to be read."""
+        return sample.caption is None and self.known.get(sample.picture, self.rule) is not None
 
     def _picture(self, member: Member) -> _Record:
         limits = self.limits

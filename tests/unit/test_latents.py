@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ditkit import data
-from ditkit.codecs.base import Codec, Posterior
+from ditkit.codecs.base import Codec
 from ditkit.codecs.identity import Identity, IdentityConfig
 from ditkit.codecs.kl import KL, KLConfig
 from ditkit.core.errors import ConfigError, DitkitError, WeightsError
@@ -62,6 +62,10 @@ class Spread(Codec):
 
 def cache(dataset, codec, where, **options):
     return cache_latents(dataset, codec, where, progress=False, **options)
+
+
+def content(where):
+    return {p.relative_to(where): p.read_bytes() for p in where.rglob("*") if p.is_file()}
 
 
 # --- values ---
@@ -146,7 +150,7 @@ def test_a26_the_coin_is_tossed_at_every_step(half, tmp_path):
     assert 0.4 <= flipped(found) <= 0.6
     assert found.batch(np.arange(1))["x"][0, 0, 0, 0] == -1
     assert flipped(LatentSet(tmp_path / "out", flip=False)) == 0
-    (shard,) = (tmp_path / "out").glob("*.safetensors")
+    (shard,) = (tmp_path / "out").glob("latents-*.safetensors")
     tensors = read_tensors(shard)
     assert torch.equal(tensors["mean_mirrored"], tensors["mean"].flip(-1))
 
@@ -157,7 +161,7 @@ def test_a26_the_mirrored_latent_is_that_of_the_mirrored_picture(tmp_path, pictu
     codec = KL(KLConfig(channels=2, dim=4, dim_mult=(1, 2), num_groups=2))
     source = folder(pictures, flip=True)
     cache(source, codec, tmp_path / "out")
-    tensors = read_tensors(next((tmp_path / "out").glob("*.safetensors")))
+    tensors = read_tensors(next((tmp_path / "out").glob("latents-*.safetensors")))
     with torch.no_grad():
         want = codec.encode(source.batch(np.arange(7))["x"].flip(-1))
     torch.testing.assert_close(tensors["mean_mirrored"], want.mean, rtol=1e-5, atol=1e-6)
@@ -174,7 +178,7 @@ def test_a26_an_old_cache_without_the_mirrored_latent_is_rebuilt(half, tmp_path)
     rebuilt = cache(folder(half, flip=True), codec, tmp_path / "out")
     assert (rebuilt.report.encoded, codec.encoded) == (1, 2)  # one picture, both ways round
     assert 0.4 <= flipped(rebuilt) <= 0.6
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 1  # the old shard is gone
+    assert len(list((tmp_path / "out").glob("latents-*.safetensors"))) == 1  # the old shard is gone
 
 
 def test_a26_random_crop_with_a_cache_is_refused(half, tmp_path):
@@ -189,11 +193,11 @@ def test_a26_random_crop_with_a_cache_is_refused(half, tmp_path):
 def test_a_second_call_encodes_nothing(pictures, tmp_path):
     codec = Spread()
     first = cache(folder(pictures), codec, tmp_path / "out")
-    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    before = content(tmp_path / "out")
     second = cache(folder(pictures), codec, tmp_path / "out")
     assert (first.report.encoded, second.report.encoded, second.report.reused) == (7, 0, 7)
     assert codec.encoded == 7
-    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    assert content(tmp_path / "out") == before
 
 
 def test_only_a_changed_picture_is_encoded_again(pictures, tmp_path):
@@ -207,7 +211,7 @@ def test_only_a_changed_picture_is_encoded_again(pictures, tmp_path):
     source = folder(pictures)
     assert torch.equal(found.batch(np.arange(8))["x"], source.batch(np.arange(8))["x"])
     assert torch.equal(found.batch(np.arange(8))["y"], source.batch(np.arange(8))["y"])
-    assert sorted(p.name for p in (tmp_path / "out").glob("*.safetensors")) == sorted(s.file for s in found.index.shards)
+    assert sorted(p.name for p in (tmp_path / "out").glob("latents-*.safetensors")) == sorted(s.file for s in found.index.shards)
 
 
 @pytest.mark.parametrize("change", ["codec", "resolution", "dtype"])
@@ -218,7 +222,7 @@ def test_another_codec_transform_or_dtype_encodes_all_again(pictures, tmp_path, 
     found = cache(source, codec, tmp_path / "out", **({"dtype": "float16"} if change == "dtype" else {}))
     assert codec.encoded == 7
     assert found.shape == tuple(source.shape)
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 1
+    assert len(list((tmp_path / "out").glob("latents-*.safetensors"))) == 1
 
 
 def test_a_call_that_was_cut_off_goes_on(pictures, tmp_path):
@@ -237,9 +241,7 @@ def test_a_call_that_was_cut_off_goes_on(pictures, tmp_path):
     found = cache(folder(pictures), codec, tmp_path / "out", **options)
     assert codec.encoded == 3
     whole = cache(folder(pictures), Spread(), tmp_path / "whole", **options)
-    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == {
-        p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()
-    }
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert torch.equal(found.batch(np.arange(7))["x"], whole.batch(np.arange(7))["x"])
 
 
@@ -259,7 +261,7 @@ def test_a_latent_that_is_not_finite_names_its_picture(pictures, tmp_path):
 
     with pytest.raises(DitkitError, match=r"codec 'identity' makes mean of a/0\.png not finite"):
         cache(folder(pictures), Overflows(), tmp_path / "out")
-    assert not list((tmp_path / "out").glob("*.safetensors"))
+    assert not list((tmp_path / "out").glob("latents-*.safetensors"))
 
     class TooLarge(Spread):
         def encode_raw(self, x):
@@ -275,7 +277,7 @@ def test_a_latent_that_is_not_finite_names_its_picture(pictures, tmp_path):
 def test_damaged_caches_are_named(pictures, tmp_path):
     out = tmp_path / "out"
     cache(folder(pictures), Spread(), out)
-    (shard,) = out.glob("*.safetensors")
+    (shard,) = out.glob("latents-*.safetensors")
     raw, index = shard.read_bytes(), (out / "latents.json").read_text()
     shard.write_bytes(raw[:-4])
     with pytest.raises(WeightsError, match=shard.name):
@@ -309,7 +311,7 @@ def test_damaged_caches_are_named(pictures, tmp_path):
 
 def test_a_number_that_is_not_finite_on_disk_is_found_when_it_is_read(pictures, tmp_path):
     cache(folder(pictures), Spread(), tmp_path / "out")
-    (shard,) = (tmp_path / "out").glob("*.safetensors")
+    (shard,) = (tmp_path / "out").glob("latents-*.safetensors")
     raw = bytearray(shard.read_bytes())
     header = 8 + int.from_bytes(raw[:8], "little")
     start = json.loads(raw[8:header])["mean"]["data_offsets"][0]
@@ -332,11 +334,24 @@ def test_load_opens_caches_and_their_splits(pictures, tmp_path):
         data.load(one, "test")
 
 
-def test_another_codec_does_not_decode(pictures, tmp_path):
-    found = cache(folder(pictures), Spread(), tmp_path / "out")
+@torch.no_grad()
+def test_the_cache_brings_the_codec_that_decodes_it(pictures, tmp_path):
+    torch.manual_seed(0)
+    codec = KL(KLConfig(channels=2, dim=4, dim_mult=(1, 2), num_groups=2))
+    found = cache(folder(pictures), codec, tmp_path / "out")
+    z = found.batch(np.arange(3))["x"]
+    assert torch.equal(data.load(str(tmp_path / "out")).codec().decode(z), codec.decode(z))
+    assert (found.picture_shape, found.shape) == ((3, 8, 8), (2, 4, 4))
+    index = json.loads((tmp_path / "out" / "latents.json").read_text())
+    (tmp_path / "out" / "latents.json").write_text(json.dumps({**index, "codec_hash": "0" * 64}))
     with pytest.raises(DitkitError, match="not the one that made the latents"):
-        found.codec()  # 'identity' without the std of Spread
-    assert isinstance(Spread().encode(torch.zeros(1, 3, 8, 8)), Posterior)
+        LatentSet(tmp_path / "out").codec()
+
+
+def test_options_are_strict(pictures, tmp_path):
+    cache(folder(pictures), Spread(), tmp_path / "out")
+    with pytest.raises(ConfigError, match="'flpi'.*did you mean 'flip'"):
+        data.load(str(tmp_path / "out"), flpi=True)
 
 
 @torch.no_grad()
