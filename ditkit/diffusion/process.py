@@ -85,7 +85,12 @@ def as_time(t: Time) -> Tensor:
 
 
 def like(c: Tensor, x: Tensor) -> Tensor:
-    """A coefficient (), (B,) or (B, ...) with x's device, dtype and number of axes, so that it multiplies x (B, C, ...)."""
+    """A coefficient (), (B,) or (B, ...) with x's device, dtype and number of axes, so that it multiplies x (B, C, ...).
+
+    A scalar on the CPU stays one: kernels on any device take it as an argument, at no copy and no loss of precision.
+    """
+    if c.dim() == 0 and c.device.type == "cpu":
+        return c
     return c.to(device=x.device, dtype=x.dtype).reshape(*c.shape, *[1] * (x.dim() - c.dim()))
 
 

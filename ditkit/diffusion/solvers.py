@@ -17,13 +17,27 @@ from torch import Tensor
 from ditkit.core.errors import DitkitError
 from ditkit.core.run import Run
 
-from . import adaptive, sde  # noqa: F401  (registers dopri5 and euler_maruyama)
+from .adaptive import dopri5
 from .guidance import Denoise
 from .noise import Draw
 from .process import Coefficients, Prediction, Process, like, posterior
+from .sde import euler_maruyama
 from .solver import SOLVERS, Solver, solver
 
-__all__ = ["SOLVERS", "Solver", "ddim_step", "ddpm_step", "solver"]
+__all__ = [
+    "SOLVERS",
+    "Solver",
+    "ddim",
+    "ddim_step",
+    "ddpm",
+    "ddpm_step",
+    "dopri5",
+    "dpm_plus_plus_2m",
+    "euler",
+    "euler_maruyama",
+    "heun",
+    "solver",
+]
 
 Eta = Annotated[float, Field(ge=0, description="0: deterministic; 1: as much noise as DDPM's posterior")]
 Clip = Annotated[bool, Field(description="clip predicted data to [-1, 1]; for pixels, not for latents")]
