@@ -21,7 +21,9 @@ from ditkit.core.config import Config
 from ditkit.core.errors import DitkitError
 from ditkit.core.streams import Stream, Streams, grid_layout
 from ditkit.nn.adaln import AdaLNBlock, AdaLNHead, AdaLNPart
-from ditkit.nn.embeddings import LabelEmbed, PatchEmbed, TimeEmbed, sincos_table, unpatchify
+from ditkit.nn.embeddings import LabelEmbed, TimeEmbed
+from ditkit.nn.patches import PatchEmbed, unpatchify
+from ditkit.nn.positions import sincos_table
 
 _WIDTHS = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 

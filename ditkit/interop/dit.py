@@ -55,7 +55,7 @@ _HEADS = {(12, 384): 6, (12, 768): 12, (24, 1024): 16, (28, 1152): 16}  # (depth
 
 def official_table(config: DiTConfig) -> Table:
     """The released layout of DiT and SiT for this shape."""
-    from ditkit.nn.embeddings import sincos_table
+    from ditkit.nn.positions import sincos_table
 
     h, w = (side // config.patch_size for side in config.input_size)
     patch = Row("patch_embed", "x_embedder.proj", Convolution(config.patch_size, config.patch_size))

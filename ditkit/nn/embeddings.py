@@ -1,51 +1,14 @@
-"""Patches, time, labels and positions."""
+"""Time and labels."""
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.core.errors import DitkitError
-
-
-def patchify(x: Tensor, patch: int) -> Tensor:
-    """(B, C, H, W) -> (B, h w, C p p), row-major, the layout of a convolution's weight."""
-    b, c, h, w = x.shape
-    x = x.view(b, c, h // patch, patch, w // patch, patch).permute(0, 2, 4, 1, 3, 5)
-    return x.reshape(b, (h // patch) * (w // patch), c * patch * patch)
-
-
-def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
-    """(B, h w, p p C) -> (B, C, h p, w p); the channel is the fastest axis of a token, unlike in ``patchify``."""
-    h, w = grid
-    x = tokens.view(len(tokens), h, w, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
-    return x.reshape(len(tokens), -1, h * patch, w * patch)
-
-
-class PatchEmbed(nn.Linear):
-    """A strided convolution written as a linear layer over patches: (B, C, H, W) -> (B, N, D), contiguous."""
-
-    def __init__(self, in_channels: int, patch: int, dim: int) -> None:
-        super().__init__(in_channels * patch * patch, dim)
-        self.patch = patch
-
-    def grid(self, x: Tensor) -> tuple[int, int]:
-        """The token grid of x; raises DitkitError if it is no multiple of the patch."""
-        h, w = x.shape[2:]
-        for side, name in ((h, "height"), (w, "width")):
-            if side % self.patch or side == 0:
-                low = side // self.patch * self.patch
-                raise DitkitError(
-                    f"{name} is {side}", allowed=f"multiples of {self.patch}", hint=f"use {low or self.patch} or {low + self.patch}"
-                )
-        return h // self.patch, w // self.patch
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(patchify(x, self.patch))
 
 
 def timestep_code(t: Tensor, width: int = 256, max_period: float = 10_000.0, freq_shift: int = 0) -> Tensor:
@@ -91,24 +54,3 @@ class LabelEmbed(nn.Embedding):
             null = f", or {self.num_classes} for none" if self.null else ""
             raise DitkitError(f"class label {int(bad[0])}", allowed=f"0 to {self.num_classes - 1}{null}")
         return y
-
-
-@lru_cache(maxsize=64)
-def sincos_table(dim: int, grid: tuple[int, ...], device: torch.device | None = None) -> Tensor:
-    """(1, N, dim) fixed position code, float64 cast to fp32 (DiT, models.py).
-
-    Each axis has dim / A numbers, [sin, cos] of position times 10000^(-k / (dim / 2A)); the *last* axis (the column) comes
-    first. Positions are integers from 0.
-    """
-    axes = len(grid)
-    if dim % (2 * axes):
-        raise DitkitError(f"dim is {dim}", allowed=f"multiples of {2 * axes} for {axes} position axes")
-    width = dim // axes
-    with torch.inference_mode(False):
-        omega = 10_000.0 ** (-torch.arange(width // 2, dtype=torch.float64) / (width / 2))
-        places = torch.meshgrid(*[torch.arange(n, dtype=torch.float64) for n in grid], indexing="ij")
-        codes = []
-        for place in reversed(places):
-            angle = place.reshape(-1, 1) * omega
-            codes.append(torch.cat([angle.sin(), angle.cos()], 1))
-        return torch.cat(codes, 1)[None].float().to(device)
