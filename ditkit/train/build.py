@@ -41,8 +41,7 @@ def build(recipe: Recipe, device: torch.device) -> Parts:
         DitkitError: a name, a key or a value does not exist or does not fit, or nothing is trainable.
     """
     train, test = (data.load(recipe.data.name, split, **recipe.data.config) for split in data.SPLITS)
-    model, process, base_hash = _base(recipe.base) if recipe.base is not None else _new(recipe, train)
-    model.to(device)  # before methods are attached: a view shares its base's parameters
+    model, process, base_hash = _base(recipe.base, device) if recipe.base is not None else _new(recipe, train, device)
     if recipe.methods:
         with torch.random.fork_rng():
             torch.manual_seed(recipe.trainer.seed)
@@ -52,19 +51,19 @@ def build(recipe: Recipe, device: torch.device) -> Parts:
     return Parts(train, test, model, process, objective, card_of(recipe, model, process, train), base_hash)
 
 
-def _new(recipe: Recipe, train: Dataset) -> tuple[Backbone, Process, str]:
+def _new(recipe: Recipe, train: Dataset, device: torch.device) -> tuple[Backbone, Process, str]:
     network, noise = recipe.backbone or Part(name="dit"), recipe.process or Part(name="flow")
     process = process_from(noise.name, noise.config)
     cls, _ = backbone_config(Part(name=network.name))
     _, config = backbone_config(Part(name=network.name, config={**fitted(cls, train, process), **network.config}), "recipe")
     with torch.random.fork_rng():
         torch.manual_seed(recipe.trainer.seed)
-        return cls(config), process, ""  # type: ignore[call-arg]
+        return cls(config).to(device), process, ""  # type: ignore[call-arg]
 
 
-def _base(folder: str) -> tuple[Backbone, Process, str]:
+def _base(folder: str, device: torch.device) -> tuple[Backbone, Process, str]:
     opened = open_bundle(find_bundle(folder))
-    model, _ = load_model(opened, torch.float32, torch.device("cpu"))
+    model, _ = load_model(opened, torch.float32, device)
     return model, process_from(opened.config.process.name, opened.config.process.config), opened.hash
 
 

@@ -36,7 +36,7 @@ LATEST, STATE, RECIPE = "latest", "state.json", "recipe.yaml"
 FREE = (  # may differ between the sessions of one run
     "claim",
     "sampling",
-    *(f"trainer.{k}" for k in ("steps", "save_every", "keep", "sample_every", "validate_every", "log_every")),
+    *(f"trainer.{k}" for k in ("steps", "save_every", "keep", "sample_every", "validate_every", "validation_samples", "log_every")),
     *(f"trainer.{k}" for k in ("accumulation", "device", "compile", "activation_checkpointing", "replicas")),
 )
 Groups = Mapping[str, Mapping[str, Tensor]]

@@ -37,7 +37,6 @@ from .recipe import Recipe, dump_recipe
 from .session import CHECKPOINTS, SAMPLES, clear_half_bundle, set_aside, stop_signals
 from .throughput import peak_flops, training_flops
 
-VALIDATION_SAMPLES = 512
 log = logging.getLogger("ditkit")
 
 
@@ -227,7 +226,7 @@ class Training:
             self.log.show(loss=f"{values['loss']:.4f}", images_per_second=f"{values['images_per_second']:.0f}")
 
     def _validate(self) -> None:
-        batch = self._held_out.fixed(min(VALIDATION_SAMPLES, len(self.parts.test))).to(self.world.device)
+        batch = self._held_out.fixed(min(self.cfg.validation_samples, len(self.parts.test))).to(self.world.device)
         size = max(1, self.cfg.batch_size // self.cfg.accumulation)
         with self.autocast():
             models = {"raw": self.model, "ema": self.ema.model}

@@ -67,6 +67,7 @@ class TrainerRecipe(Config):
     keep: int = Field(2, ge=2, description="checkpoints kept")
     sample_every: int = Field(250, ge=0, description="steps between sample grids; 0: none")
     validate_every: int = Field(250, ge=0, description="steps between validations; 0: none")
+    validation_samples: int = Field(512, ge=1, description="held-out samples of a validation, at most")
     log_every: int = Field(10, ge=1, description="steps that one line of the log averages over")
     spike_sigma: float = Field(0.0, ge=0, description="skip steps whose loss or gradient norm exceeds mean + this many sigma; 0: never")
 

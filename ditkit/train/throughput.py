@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
+import torch.nn.functional as F
 
 from ditkit.core.backbone import Backbone
 from ditkit.eval.counters import count_forward
-from ditkit.eval.roof import measure_roof
 
 DATASHEET = {  # dense bfloat16 FLOP/s, from the makers' data sheets
     "H200": 989e12,
@@ -23,11 +25,19 @@ def training_flops(model: Backbone) -> float:
 
 
 def peak_flops(model: Backbone, batch: int, device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the device: a GPU's data sheet, otherwise the best product of the model's own shapes, measured now (a second)."""
+    """FLOP/s of the device: a GPU's data sheet, otherwise the model's own largest product at its best of some, measured now."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for known, peak in DATASHEET.items():
             if known in name:
                 return peak
-    roof = measure_roof(count_forward(model, batch), device=device.type, dtype=dtype, rounds=3, max_shapes=2)
-    return max(rate for kind, rate in roof.gemm.items() if kind != "int8")
+    rows, k, n = max(count_forward(model, 1).linears, key=lambda shape: shape[0] * shape[1] * shape[2])
+    x, w = torch.ones(rows * batch, k, device=device, dtype=dtype), torch.ones(n, k, device=device, dtype=dtype)
+    return 2.0 * len(x) * k * n / min(_seconds(x, w) for _ in range(6))
+
+
+def _seconds(x: torch.Tensor, w: torch.Tensor) -> float:
+    start = time.perf_counter()
+    out = F.linear(x, w)
+    float(out[0, 0])  # waits for a GPU
+    return time.perf_counter() - start
