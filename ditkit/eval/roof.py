@@ -12,7 +12,7 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,19 @@ class Roof:
     plain: str = "fp32"
     attention_by_shape: dict[tuple[int, int, int, int, int], float] = field(default_factory=dict)
 
+    def best(self, other: Roof) -> Roof:
+        """The higher of each rate: of two measurements of the same machine."""
+        by_shape = {a: _higher(v, other.gemm_by_shape.get(a, {})) for a, v in self.gemm_by_shape.items()}
+        attention = _higher(self.attention_by_shape, other.attention_by_shape)
+        return replace(
+            self,
+            gemm=_higher(self.gemm, other.gemm),
+            attention=max(self.attention, other.attention),
+            copy=max(self.copy, other.copy),
+            gemm_by_shape=by_shape,
+            attention_by_shape=attention,
+        )
+
     def floor(self, cost: Cost) -> float:
         """Seconds below which ``cost`` cannot be done here: each arithmetic at its best rate, or the bytes at a copy's."""
         integer, attention = 2 * cost.integer_macs, 2 * cost.attention_macs
@@ -135,6 +148,10 @@ class Roof:
             "kernels": self.kernels,
             "device": self.device,
         }
+
+
+def _higher(a: Mapping[Any, float], b: Mapping[Any, float]) -> dict[Any, float]:
+    return {k: max(a.get(k, 0.0), b.get(k, 0.0)) for k in {**a, **b}}
 
 
 def measure_roof(cost: Cost, *, device: str = "cpu", dtype: torch.dtype = torch.float32, rounds: int = 5, max_shapes: int = 6) -> Roof:

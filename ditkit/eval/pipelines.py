@@ -1,0 +1,221 @@
+"""Pipelines side by side: cost, time and quality of each from the same seeds, with the honest baseline of every accelerator,
+the base with so few steps that it takes the same time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ditkit.core.errors import DitkitError
+from ditkit.methods.specs import Spec
+from ditkit.pipeline import Pipeline
+
+from .bench import BenchResult, Candidate, interleave, run_bench
+from .counters import count, parameters, weight_bytes
+from .drift import drift
+from .quality import Judge, Quality
+
+EXACT = 1e-4  # a variant this close to the base is as good: fewer steps are no rival to it
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A pipeline under a name. ``eager`` is the same uncompiled, for counting."""
+
+    name: str
+    pipe: Pipeline
+    eager: Pipeline
+    grain: str = ""
+    num_inference_steps: int | None = None  # None: the bundle's
+    equal_time_to: tuple[str, ...] = ()
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Labels of what is attached."""
+        return tuple(m.label for m in self.eager.model.attached)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every variant is asked for.
+
+    ``num_images`` are timed in one batch; quality is measured on ``num_samples``, made in batches of the same size.
+    """
+
+    num_images: int = 60
+    num_samples: int = 360
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    solver: str | None = None
+    seed: int = 0
+    repeats: int = 25
+    warmups: int = 3
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples of a variant, x (N, C, H, W), and what its methods reported."""
+
+    x: Tensor
+    report: Mapping[str, Mapping[str, Any]]
+
+
+def variants(pipes: Mapping[str, Pipeline], specs: Sequence[Spec] = ()) -> list[Variant]:
+    """The pipelines, and the first of them with each spec; a compiled accelerator brings the compiled base with it."""
+    found = [Variant(name, pipe, pipe) for name, pipe in pipes.items()]
+    base = found[0]
+    grains = dict.fromkeys(s.grain for s in specs if s.grain)
+    plain = [Spec(f"compile:grain={g}", (), g) for g in grains if not any(s.grain == g and not s.methods for s in specs)]
+    for spec in (*plain, *specs):
+        eager = base.pipe.with_methods(*spec.build()) if spec.methods else base.pipe
+        found.append(Variant(spec.text, eager.compile(spec.grain) if spec.grain else eager, eager, spec.grain))
+    if len({v.name for v in found}) < len(found):
+        raise DitkitError(f"{[v.name for v in found]}", allowed="every bundle and every spec once")
+    return found
+
+
+def compare_pipelines(
+    todo: Sequence[Variant],
+    setting: Setting,
+    judge: Judge | None = None,
+    *,
+    suite: str = "pipelines",
+    command: str = "",
+    progress: bool = True,
+) -> tuple[BenchResult, dict[str, Samples]]:
+    """Benchmark variants; the first is the base. Returns the result and the samples of each row, by name.
+
+    Outputs are compared and judged first, then fewer-step rows are added, then everything is timed interleaved.
+    """
+    work = _Work(setting, judge, progress)
+    for v in todo:
+        work.add(v)
+    work.add_fewer_steps(todo)
+    device = todo[0].pipe.device
+    result = run_bench(
+        [work.candidates[v.name] for v in work.order],
+        suite=suite,
+        repeats=setting.repeats,
+        warmups=setting.warmups,
+        device=str(device),
+        dtype=next(todo[0].eager.model.parameters()).dtype,
+        command=command,
+        progress=progress,
+    )
+    return result, work.samples
+
+
+class _Work:
+    """Builds the candidates, one variant after the other."""
+
+    def __init__(self, setting: Setting, judge: Judge | None, progress: bool) -> None:
+        self.setting, self.judge, self.progress = setting, judge, progress
+        self.order: list[Variant] = []
+        self.candidates: dict[str, Candidate] = {}
+        self.samples: dict[str, Samples] = {}
+
+    def steps(self, v: Variant) -> int:
+        return v.num_inference_steps or self.setting.num_inference_steps or v.pipe.config.sampling.num_inference_steps
+
+    def sample(self, pipe: Pipeline, steps: int, labels: Sequence[int], progress: bool = False) -> Any:
+        """One call of a pipeline with the setting."""
+        s = self.setting
+        options: dict[str, Any] = {"guidance_scale": s.guidance_scale, "solver": s.solver, "seed": s.seed, "batch_size": s.num_images}
+        return pipe(list(labels), num_inference_steps=steps, progress=progress, **options)
+
+    def add(self, v: Variant, place: int | None = None) -> None:
+        """Make its samples, judge them, count its cost."""
+        steps = self.steps(v)
+        self.samples[v.name] = made = self._samples(v, steps)
+        timed = self._labels(self.setting.num_images).tolist()
+        reference = self.samples[(self.order or [v])[0].name].x
+        self.order.insert(len(self.order) if place is None else place, v)
+        self.candidates[v.name] = Candidate(
+            name=v.name,
+            call=lambda: self.sample(v.pipe, steps, timed).x,
+            items=self.setting.num_images,
+            cost=count(lambda: self.sample(v.eager, steps, timed), v.eager.model),
+            parameters=parameters(v.eager.model),
+            weight_bytes=weight_bytes(v.eager.model),
+            num_inference_steps=steps,
+            methods=v.methods,
+            equal_time_to=v.equal_time_to,
+            notes=notes_of(made.report),
+            drift=drift(made.x, reference),
+            quality=self._quality(made.x),
+        )
+
+    def add_fewer_steps(self, todo: Sequence[Variant]) -> None:
+        """After each lossy accelerator: the base, compiled alike, with the steps that its time allows."""
+        lossy = [v for v in todo if v.methods and self._is_lossy(v)]
+        if not lossy:
+            return
+        times = interleave({v.name: self.candidates[v.name].call for v in self.order}, repeats=3, warmups=1, progress=self.progress)
+        for v in lossy:
+            base = next((u for u in todo if not u.methods and u.grain == v.grain), todo[0])
+            steps = max(1, round(self.steps(base) * times[v.name].median / times[base.name].median))
+            if steps >= self.steps(base):
+                self._note(v.name, "not faster than the base here, so no row with fewer steps")
+                continue
+            self._add_rival(base, v, steps)
+
+    def _add_rival(self, base: Variant, v: Variant, steps: int) -> None:
+        name = f"{base.name}, {steps} steps"
+        if name in self.candidates:
+            old = self.candidates[name]
+            self.candidates[name] = replace(old, equal_time_to=(*old.equal_time_to, v.name))
+        else:
+            place = next(i for i, u in enumerate(self.order) if u.name == v.name) + 1
+            self.add(replace(base, name=name, num_inference_steps=steps, equal_time_to=(v.name,)), place)
+
+    def _is_lossy(self, v: Variant) -> bool:
+        found = self.candidates[v.name].drift
+        return found is None or found.relative_l2 > EXACT
+
+    def _note(self, name: str, text: str) -> None:
+        self.candidates[name] = replace(self.candidates[name], notes=(*self.candidates[name].notes, text))
+
+    def _labels(self, num: int) -> Tensor:
+        if self.judge is not None:
+            return self.judge.labels(num)
+        classes = self.order[0].pipe.model.config.num_classes if self.order else 1
+        return torch.arange(num) % classes
+
+    def _samples(self, v: Variant, steps: int) -> Samples:
+        """All in whole batches, so that a compiled network sees one shape; what is too many is dropped."""
+        num, batch = self.setting.num_samples, self.setting.num_images
+        labels = self._labels(math.ceil(num / batch) * batch).tolist()
+        if self.progress:
+            tqdm.write(f"samples of {v.name}: {num}, {steps} steps", file=_stderr())
+        out = self.sample(v.pipe, steps, labels, self.progress)
+        return Samples(out.x[:num], out.report["methods"])
+
+    def _quality(self, x: Tensor) -> Quality | None:
+        return self.judge(x, self.judge.labels(len(x))) if self.judge is not None else None
+
+
+def _stderr() -> Any:
+    import sys
+
+    return sys.stderr
+
+
+def notes_of(report: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    """What methods say of a run, for the row: their ``note`` (such as "fake quantisation"), and a cache that never hit."""
+    notes = []
+    for label, figures in report.items():
+        if note := figures.get("note"):
+            notes.append(f"{label}: {note}")
+        if figures.get("hits") == 0:
+            notes.append(f"WARNING: {label} is on and had 0 hits: it did nothing")
+        plain = [f"{k} {v}" for k, v in figures.items() if k != "note" and isinstance(v, int | float | str)]
+        if plain:
+            notes.append(f"{label}: {', '.join(plain)}")
+    return tuple(notes)
