@@ -91,6 +91,10 @@ class Codec(nn.Module):
                 raise DitkitError(f"a side has {side} pixels", allowed=f"a multiple of {self.factor}, such as {near}")
         return self.channels, shape[1] // self.factor, shape[2] // self.factor
 
+    def picture_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """(c, h, w) of latents -> (C, H, W) of the data."""
+        return self.in_channels, shape[1] * self.factor, shape[2] * self.factor
+
     def identity(self) -> dict[str, Any]:
         """What the latents depend on beside the weights, as plain data."""
         return {"name": self.name, "config": self.config.to_dict()}

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -316,18 +317,34 @@ def _reason(error: Exception, limits: Limits) -> str:
 class _Cache:
     """``scan.jsonl``: one line for each picture checked, appended as the scan goes, so that a scan that is cut off goes on.
 
-    A line that was cut off, or is no record, is dropped: its picture is checked again.
+    A line that was cut off, or is no record, is dropped: its picture is checked again. Of several processes that scan one
+    folder, such as those of one training run, one does the work and the others wait for it.
     """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self._known: dict[str, tuple[int, int, _Record]] = {}
         self._new: list[str] = []
-        if path is not None and path.is_file():
-            with path.open(encoding="utf-8", errors="replace") as file:
-                lines = sum(self._take(line) for line in file)
-            if lines > 2 * len(self._known) + _CHUNK:
-                self._rewrite(path)
+        self._held = ExitStack()
+
+    def __enter__(self) -> _Cache:
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._held.enter_context(_alone(self.path.parent / "scan.lock"))
+            if self.path.is_file():
+                self._load(self.path)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()
+        self._known.clear()
+        self._held.close()
+
+    def _load(self, path: Path) -> None:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            lines = sum(self._take(line) for line in file)
+        if lines > 2 * len(self._known) + _CHUNK:
+            self._rewrite(path)
 
     def _take(self, line: str) -> bool:
         try:
@@ -361,14 +378,18 @@ class _Cache:
                 file.write("\n".join(["", *self._new, ""]))  # the line feed before ends a line that was cut off
         self._new.clear()
 
-    def __enter__(self) -> _Cache:
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.flush()
-        self._known.clear()
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Held by one process at a time, where the system can lock files; a process that dies lets go of it."""
+    with path.open("w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            pass
+        yield
 
 
 __all__ = ["Fault", "Limits", "Member", "Picture", "Sample", "Scan", "check_picture", "read_member", "scan"]

@@ -7,6 +7,7 @@ import os
 import struct
 import tracemalloc
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -324,6 +325,14 @@ def test_a_scan_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     log.write_bytes(log.read_bytes() + b'["0011.png", 12')  # and the last line is torn
     assert run(tmp_path, workers=1).decoded == 4
     assert run(tmp_path).decoded == 0
+
+
+def test_of_several_scans_at_once_one_does_the_work(tmp_path):
+    numbered(tmp_path, 40)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: run(tmp_path, workers=1), range(4)))
+    assert sorted(f.decoded for f in found) == [0, 0, 0, 40]
+    assert all(f.pictures == found[0].pictures for f in found)
 
 
 def test_a_damaged_log_is_not_trusted(tmp_path):
