@@ -129,6 +129,10 @@ def compile_view(
     view.grain = grain
     # a code object of its own: its graphs are counted apart and freed with it
     own = types.FunctionType(run_blocks.__code__.replace(), run_blocks.__globals__, "run_blocks")
+    if backend == "inductor" and "mode" not in options:
+        from .inductor import CpuRewrite
+
+        options["options"] = {"pre_grad_custom_pass": CpuRewrite(), **options.get("options", {})}
     view._call = torch.compile(own, fullgraph=True, dynamic=False, backend=backend, **options)
     if num_steps is not None:
         allow_graphs(2 * count_graphs(view, num_steps))
