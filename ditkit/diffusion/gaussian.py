@@ -130,6 +130,7 @@ class Gaussian(Process):
         betas = make_betas(cfg.schedule, cfg.num_train_steps, cfg.beta_range)
         self.tables = Tables.from_alphas_cumprod((1 - betas).cumprod(0), torch.arange(len(betas)), betas)
         self._log_abar = torch.cat([betas.new_zeros(1), self.tables.alphas_cumprod.log()])  # entry n + 1, so that entry 0 is data
+        self._known: dict[float, Coefficients] = {}
 
     def output_channels(self, channels: int) -> int:
         return 2 * channels if self.config.variance == "learned" else channels
@@ -144,6 +145,16 @@ class Gaussian(Process):
         return torch.where((place - place.round()).abs() < 1e-3, place.round(), place)
 
     def coefficients(self, t: Time) -> Coefficients:
+        t = as_time(t)
+        if t.dim() or t.device.type != "cpu":
+            return self._coefficients(t)
+        key = float(t)  # the few times of a trajectory are asked for again and again
+        if key not in self._known:
+            with torch.inference_mode(False):  # what is kept may be needed with gradients later
+                self._known[key] = self._coefficients(torch.tensor(key, dtype=torch.float64))
+        return self._known[key]
+
+    def _coefficients(self, t: Tensor) -> Coefficients:
         place = self._place(t)
         low = place.floor().long().clamp(0, self.config.num_train_steps - 1)
         start, end = at(self._log_abar, low), at(self._log_abar, low + 1)

@@ -183,6 +183,15 @@ def test_losses_without_a_learned_variance():
     assert torch.allclose(rescaled, 1000 * kl)
 
 
+def test_sampling_before_leaves_training_alone():
+    process, x = Gaussian(), torch.zeros(1, 2, 2, 2)
+    with torch.inference_mode():
+        process.predict(torch.zeros(1, 4, 2, 2), x, 0.5)
+    output = torch.zeros(1, 4, 2, 2, requires_grad=True)
+    process.predict(output, x, 0.5).x0.sum().backward()
+    assert (output.grad[:, :2] != 0).all()
+
+
 def test_prior_bpd(dit):
     x0 = torch.ones(1, 1, 2, 2)
     abar = float(dit.tables.alphas_cumprod[-1])
