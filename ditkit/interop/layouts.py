@@ -64,7 +64,7 @@ def open_diffusers(folder: Path, as_released: bool = False, pickled: bool = Fals
         backbone=part,
         process=process,
         codec=codec,
-        data=DataCard(name=folder.name, shape=shape, labels=labels),
+        data=DataCard(name=folder.name, shape=shape, labels=labels if len(labels) == cfg.num_classes else ()),
         sampling=sampling,
     )
     return Opened(folder, bundle, tensors, folder_hash(transformer, ["config.json", *files.names]))
