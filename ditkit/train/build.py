@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from ditkit import data
 from ditkit.bundle import BundleConfig, DataCard, MethodPart, Part, find_bundle, open_bundle
+from ditkit.codecs.base import Codec
 from ditkit.core.backbone import Backbone
 from ditkit.core.errors import ConfigError, nearest
 from ditkit.core.view import with_methods
@@ -20,13 +22,22 @@ from ditkit.loading import backbone_config, load_model, make_method
 from .objectives import Objective, objective_from
 from .recipe import Recipe
 
+log = logging.getLogger("ditkit")
+
 
 @dataclass(frozen=True)
 class Parts:
-    """What a recipe builds. ``base_hash``: SHA-256 of the base bundle, if there is one."""
+    """What a recipe builds.
+
+    Attributes:
+        test: None where a data set of the user's own sets nothing aside for it.
+        codec: of the latents that are trained on; None where these are pictures.
+        base_hash: SHA-256 of the base bundle, if there is one.
+    """
 
     train: Dataset
-    test: Dataset
+    test: Dataset | None
+    codec: Codec | None
     model: Backbone
     process: Process
     objective: Objective
@@ -40,7 +51,8 @@ def build(recipe: Recipe, device: torch.device) -> Parts:
     Raises:
         DitkitError: a name, a key or a value does not exist or does not fit, or nothing is trainable.
     """
-    train, test = (data.load(recipe.data.name, split, **recipe.data.config) for split in data.SPLITS)
+    train, test = data.load(recipe.data.name, "train", **recipe.data.config), _test(recipe)
+    codec: Codec | None = train.codec() if hasattr(train, "codec") else None
     model, process, base_hash = _base(recipe.base, device) if recipe.base is not None else _new(recipe, train, device)
     if recipe.methods:
         with torch.random.fork_rng():
@@ -48,7 +60,15 @@ def build(recipe: Recipe, device: torch.device) -> Parts:
             model = with_methods(model, *(make_method(MethodPart(name=m.name, config=m.config, label=m.name)) for m in recipe.methods))
     choose_trainable(model, recipe.trainable)
     objective = objective_from(recipe.objective.name, recipe.objective.config, process)
-    return Parts(train, test, model, process, objective, card_of(recipe, model, process, train), base_hash)
+    return Parts(train, test, codec, model, process, objective, card_of(recipe, model, process, train, codec), base_hash)
+
+
+def _test(recipe: Recipe) -> Dataset | None:
+    try:
+        return data.load(recipe.data.name, "test", **recipe.data.config)
+    except data.NoSplit as error:
+        log.warning("no validation: %s", error)
+        return None
 
 
 def _new(recipe: Recipe, train: Dataset, device: torch.device) -> tuple[Backbone, Process, str]:
@@ -91,13 +111,15 @@ def choose_trainable(model: Backbone, patterns: tuple[str, ...]) -> None:
         p.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
 
 
-def card_of(recipe: Recipe, model: Backbone, process: Process, train: Dataset) -> BundleConfig:
-    """The ``config.json`` of the bundle that training makes."""
+def card_of(recipe: Recipe, model: Backbone, process: Process, train: Dataset, codec: Codec | None = None) -> BundleConfig:
+    """The ``config.json`` of the bundle that training makes. ``codec``: of the latents, where ``train`` holds latents."""
+    shape = train.shape if codec is None else codec.picture_shape(train.shape)
     attached = tuple(MethodPart(name=m.name, label=m.label, config=m.config.to_dict()) for m in model.attached)
     return BundleConfig(
         backbone=Part(name=model.name, config=model.config.to_dict()),
         process=Part(name=process.name, config=process.config.to_dict()),
-        data=DataCard(name=recipe.data.name, shape=tuple(train.shape), labels=tuple(train.labels)),
+        codec=Part(name="identity" if codec is None else codec.name),
+        data=DataCard(name=recipe.data.name, shape=tuple(shape), labels=tuple(train.labels)),
         sampling=recipe.sampling,
         methods=attached,
     )

@@ -107,7 +107,7 @@ class Training:
         self.ema = EMA(twin, self.model, self.cfg.ema_decay)
         self.optimizers = Optimizers(self.model, self.cfg)
         self.forward = self._compiled()
-        self.preview = Pipeline(twin, self.parts.card)
+        self.preview = Pipeline(twin, self.parts.card, codec=self.parts.codec)
         self.guard, self.meter = Guard(self.cfg.spike_sigma), Meter()
         self.checkpoints = Checkpoints(folder / CHECKPOINTS, self.cfg.keep, world)
         self.step, self.validation = 0, {}  # type: int, dict[str, float]
@@ -116,7 +116,8 @@ class Training:
         options: dict[str, Any] = {"seed": self.cfg.seed, "batch_size": self.cfg.batch_size, "rank": world.rank, "world": world.size}
         options["parts"] = self.cfg.accumulation
         self.batches = Batches(self.parts.train, draws, **options)
-        self._held_out = Batches(self.parts.test, draws, purpose="validation", **options)
+        test = self.parts.test
+        self._held_out = None if test is None else Batches(test, draws, purpose="validation", **options)
 
     # ---- the main line ----
 
@@ -226,7 +227,9 @@ class Training:
             self.log.show(loss=f"{values['loss']:.4f}", images_per_second=f"{values['images_per_second']:.0f}")
 
     def _validate(self) -> None:
-        batch = self._held_out.fixed(min(self.cfg.validation_samples, len(self.parts.test))).to(self.world.device)
+        if self._held_out is None:
+            return
+        batch = self._held_out.fixed(min(self.cfg.validation_samples, len(self._held_out.data))).to(self.world.device)
         size = max(1, self.cfg.batch_size // self.cfg.accumulation)
         with self.autocast():
             models = {"raw": self.model, "ema": self.ema.model}
@@ -295,7 +298,7 @@ class Training:
         tensors = whole(self.ema.model.state_dict().items())
         if self.world.first:
             clear_half_bundle(self.folder)
-            write_bundle(self.folder, self.parts.card, tensors)
+            write_bundle(self.folder, self.parts.card, tensors, codec=self.parts.codec)
         self.world.wait()
 
     # ---- how a step is computed ----
