@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ditkit.bundle import METHODS, Opened, Part, Validity, read_card
 from ditkit.core import registry
@@ -70,8 +71,17 @@ def backbone_config(part: Part, where: str = "") -> tuple[type[Backbone], Config
 def empty_model(part: Part, where: str = "") -> Backbone:
     """The backbone on the meta device: shapes without memory."""
     cls, config = backbone_config(part, where)
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialisation():
         return cls(config)  # type: ignore[call-arg]
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Drawing numbers for tensors without memory is useless, and makes torch import its compiler (two seconds)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init" or getattr(func, "__name__", "") in ("normal_", "uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def shapes_of(part: Part) -> dict[str, tuple[int, ...]]:
