@@ -8,6 +8,7 @@ import torch
 from golden import load_dit, open_golden, relative
 
 from ditkit.core.run import Run
+from ditkit.diffusion.flow import Flow
 from ditkit.diffusion.guidance import Guidance, guided
 from ditkit.diffusion.interpolant import Interpolant
 from ditkit.diffusion.likelihood import log_likelihood
@@ -136,6 +137,13 @@ def test_ode_trajectories(model, key):
     close(states, key)
 
 
+@pytest.mark.parametrize("key", [k for k in ODE if k.startswith("out/ode/Linear/velocity/")])
+def test_released_weights_run_as_a_flow(model, key):
+    """What a converted SiT checkpoint is: a rectified flow with the SiT convention."""
+    process = Flow(network_time="sit", discard_half=LEARNED)
+    close(solve(model, process, METHODS[key.split("/")[-1]], G["in/sample/z"], G["in/sample/y"], G.call["ode_steps"] - 1), key)
+
+
 @pytest.mark.parametrize("key", [k for k in G.starting("out/ode/") if k.endswith("reverse_euler_last")])
 def test_ode_from_data_to_noise(model, key):
     path, prediction, _ = key.split("/")[2:]
@@ -181,8 +189,9 @@ def test_sde(model, key):
         "last": "none" if last == "None" else last.lower(),
         "last_step_size": float(G.call["last_step_size"]),
     }
+    steps -= last == "None"  # the number of grid points, the last step not counted
     states = solve(model, process, "euler_maruyama", G["in/sample/z"], G["in/sample/y"], steps, noise=G["in/sde/noise"], **options)
-    close(states[-2:], key)
+    close(states[[-1, -1]] if last == "None" else states[-2:], key)
 
 
 def test_likelihood(model):

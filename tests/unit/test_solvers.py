@@ -8,6 +8,7 @@ from ditkit.core.errors import ConfigError, Conflict, DitkitError
 from ditkit.core.run import Run
 from ditkit.core.view import with_methods
 from ditkit.diffusion import noise
+from ditkit.diffusion.edm import EDM
 from ditkit.diffusion.flow import Flow
 from ditkit.diffusion.gaussian import Gaussian
 from ditkit.diffusion.guidance import Guidance, guided
@@ -242,6 +243,31 @@ def test_a21_a_picture_does_not_depend_on_its_batch(name):
     for parts in ([[0, 1], [2, 3]], [[0], [1], [2], [3]]):
         apart = torch.cat([pictures(p) for p in parts])
         assert (apart - together).abs().max() <= 1e-5 * together.abs().max()
+
+
+EVERY_PROCESS = [Gaussian(), Flow(), VP, Interpolant(prediction="score"), EDM()]
+
+
+@pytest.mark.parametrize("process", EVERY_PROCESS, ids=lambda p: p.name)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_everything_stays_on_the_device_and_in_the_dtype_of_the_data(process, device):
+    """Coefficients are made on the CPU in float64; meta stands for any other device."""
+    x = torch.zeros(2, 3, 4, 4, device=device)
+
+    def denoise(x, t):
+        h = process.network_input(x, t)
+        assert (h.device.type, h.dtype) == (device, torch.float32)
+        return torch.cat([h, h], 1) if process.output_channels(3) == 6 else h
+
+    for name, method in SOLVERS.items():
+        if name != "dopri5" and (process.continuous or not method.continuous):
+            got = method(denoise, process.start(x), process, StubRun(3), lambda step, purpose: torch.zeros_like(x))
+            assert (got.device.type, got.dtype) == (device, torch.float32)
+    for t in (torch.full((2,), 0.5), torch.full((2,), 0.5, device=device)):
+        out = torch.zeros(2, process.output_channels(3), 4, 4, device=device)
+        loss = process.loss(out, x, process.add_noise(x, x, t), t).loss
+        assert (loss.device.type, loss.dtype, loss.shape) == (device, torch.float32, (2,))
+        assert process.network_time(t).dtype == torch.float32
 
 
 FORMS = ["sbdm", "constant", "sigma", "linear", "decreasing", "increasing-decreasing"]
