@@ -7,7 +7,7 @@ The model is built without memory, each tensor is read, cast and moved in turn, 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,26 +18,32 @@ from ditkit.bundle import METHODS, Opened, Part, Validity, read_card
 from ditkit.core import registry
 from ditkit.core.backbone import Backbone
 from ditkit.core.errors import Conflict, DitkitError, WeightsError
-from ditkit.core.files import Source, check_kind, check_shapes, read_tensors
+from ditkit.core.files import Source, TensorFile, check_kind, check_shapes
 from ditkit.core.method import Method, check_conflicts, order
 from ditkit.core.view import projections, with_methods
 
 if TYPE_CHECKING:
     from ditkit.core.config import Config
 
+REPLACED = "replaced."  # in a method's file: a projection as the method keeps it
+
 
 def load_model(
     opened: Opened, dtype: torch.dtype, device: torch.device, extra: Sequence[Method] = ()
 ) -> tuple[Backbone, dict[str, Validity]]:
     """The model with the methods of its bundle and ``extra`` attached, and what the methods' states were made for, by label."""
-    parts = opened.config.methods
-    listed = [make_method(p) for p in parts]
-    replacing = [m for m in (*listed, *extra) if type(m).replace is not Method.replace]
-    model = fill(empty_model(opened.config.backbone, str(opened.folder)), opened.tensors, dtype, device, replacing, str(opened.folder))
-    view = with_methods(model, *(m for m in (*listed, *extra) if m not in replacing))
+    listed = {p.label: make_method(p) for p in opened.config.methods}
+    files = {label: _state_file(opened, label) for label in listed}
+    methods = [*listed.values(), *extra]
+    replacing = [m for m in methods if replaces(m)]
+    kept = {label: file for label, file in files.items() if file is not None and listed[label] in replacing}
+    model = fill(
+        empty_model(opened.config.backbone, str(opened.folder)), opened.tensors, dtype, device, replacing, kept, str(opened.folder)
+    )
+    view = with_methods(model, *(m for m in methods if m not in replacing))
     valid_for = {}
-    for part, method in zip(parts, listed):
-        read_state(opened, part.label, method)
+    for part in opened.config.methods:
+        _read_state(opened, part.label, listed[part.label], files[part.label])
         if (card := read_card(opened.folder, part)) is not None:
             card.check_model(part.label, opened.config)
             valid_for[part.label] = card
@@ -52,14 +58,26 @@ def make_method(part: Part) -> Method:
     return method
 
 
-def read_state(opened: Opened, label: str, method: Method) -> None:
-    """Read what a method learned, strictly."""
+def replaces(method: Method) -> bool:
+    """Whether it swaps projections."""
+    return type(method).replace is not Method.replace
+
+
+def _state_file(opened: Opened, label: str) -> TensorFile | None:
     path = opened.folder / METHODS / f"{label}.safetensors"
+    return TensorFile(path) if path.is_file() else None
+
+
+def _read_state(opened: Opened, label: str, method: Method, file: TensorFile | None) -> None:
+    """Read what a method learned, strictly."""
     if method.label != label:
         raise WeightsError(f"{opened.folder}: method {method.label!r} is listed as {label!r}", hint="correct its label in config.json")
     state = method.state_dict()
-    if path.is_file() or state:
-        method.load_state_dict(read_tensors(path, state))
+    found = {} if file is None else {name: shape for name, shape in file.shapes.items() if not name.startswith(REPLACED)}
+    where = file.path if file else opened.folder / METHODS / f"{label}.safetensors"
+    check_shapes(where, {name: tuple(value.shape) for name, value in state.items()}, found)
+    if file is not None and state:
+        method.load_state_dict({name: file.read(name) for name in found})
 
 
 def backbone_config(part: Part, where: str = "") -> tuple[type[Backbone], Config]:
@@ -91,22 +109,35 @@ def shapes_of(part: Part) -> dict[str, tuple[int, ...]]:
 
 @torch.no_grad()
 def fill(
-    model: Backbone, source: Source, dtype: torch.dtype, device: torch.device, replacing: Sequence[Method] = (), where: str = ""
+    model: Backbone,
+    source: Source,
+    dtype: torch.dtype,
+    device: torch.device,
+    replacing: Sequence[Method] = (),
+    kept: Mapping[str, TensorFile] | None = None,
+    where: str = "",
 ) -> Backbone:
     """Give a model on the meta device its tensors; methods that replace projections are attached on the way.
+
+    Args:
+        replacing: these methods.
+        kept: where a method's file (by label) holds a projection as the method keeps it, ``source`` need not hold it.
 
     Raises:
         WeightsError: a tensor is missing, extra, misshapen, not finite, or of integers where the model has numbers.
         Conflict: a method does not fit, or matches no projection.
     """
-    check_shapes(where, {name: tuple(value.shape) for name, value in model.state_dict().items()}, source.shapes)
+    swap = _Swap(model, replacing, kept or {}, device, where)
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items() if name.rpartition(".")[0] not in swap.kept}
+    check_shapes(where, wanted, source.shapes)
     check_conflicts(order(list(replacing)), model.traits, model.name)
     for method in replacing:
         method.install(model)
-    matched: set[str] = set()
     share = _shared(model)
-    targets = {path: (parent, name) for path, parent, name in projections(model)}
     for path in [path for path, _ in model.named_modules()]:  # paths: a list of modules would keep what is replaced
+        if path in swap.kept:
+            swap.restore(path)
+            continue
         module = model.get_submodule(path)
         for name, empty in module._parameters.items():
             if empty is not None:
@@ -115,14 +146,95 @@ def fill(
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 module._buffers[name] = _read(source, f"{path}.{name}".lstrip("."), buffer, dtype, device, where)
-        if path in targets:
-            matched |= _replace(*targets[path], path, replacing)
-    for method in replacing:
-        if method.label not in matched:
-            raise Conflict(f"{method.label} matches no projection of {model.name}", hint="see its config: which projections it takes")
+        swap(path)
+    swap.check()
     _computed_buffers(model, device)
     model.methods = nn.ModuleDict({m.label: m for m in replacing})
     return model
+
+
+class _Swap:
+    """Puts substitutes in the place of projections: made from the weight that was just read, or from what the method kept of it."""
+
+    def __init__(
+        self, model: Backbone, replacing: Sequence[Method], files: Mapping[str, TensorFile], device: torch.device, where: str
+    ) -> None:
+        self.model, self.replacing, self.device, self.where = model, replacing, device, where
+        self.targets = {path: (parent, name) for path, parent, name in projections(model)}
+        self.kept: dict[str, tuple[str, TensorFile]] = {}  # path -> label and file
+        for label, file in files.items():
+            for name in file.entries:
+                path = name.removeprefix(REPLACED).rpartition(".")[0]
+                if name.startswith(REPLACED) and path not in self.targets:
+                    raise WeightsError(f"{file.path}: {name!r} belongs to no projection of {model.name}", hint="save the bundle again")
+                if name.startswith(REPLACED):
+                    self.kept[path] = (label, file)
+        self.matched = {label for label, _ in self.kept.values()}
+
+    def __call__(self, path: str) -> None:
+        """Swap the projection at ``path`` for the substitute of the first method that has one."""
+        if path not in self.targets:
+            return
+        parent, name = self.targets[path]
+        for method in self.replacing:
+            if (new := method.replace(path, getattr(parent, name))) is not None:
+                setattr(parent, name, new)
+                self.matched.add(method.label)
+                return
+
+    def restore(self, path: str) -> None:
+        """A substitute made from zeros, then given the state that the method's file holds of it."""
+        label, file = self.kept[path]
+        parent, name = self.targets[path]
+        method = next(m for m in self.replacing if m.label == label)
+        zeros = getattr(parent, name).to_empty(device=self.device)
+        for p in zeros.parameters():
+            p.zero_()
+        new = method.replace(path, zeros)
+        if new is None:
+            raise WeightsError(
+                f"{file.path} holds {path!r}, which {label} leaves alone", hint="its config is another; save the bundle again"
+            )
+        prefix = f"{REPLACED}{path}."
+        state = {key: value for key, value in new.state_dict().items()}
+        found = {key.removeprefix(prefix): shape for key, shape in file.shapes.items() if key.startswith(prefix)}
+        check_shapes(file.path, {key: tuple(value.shape) for key, value in state.items()}, found)
+        for key, value in state.items():
+            check_kind(file.path, prefix + key, file.entries[prefix + key].dtype, value.dtype)
+        new.load_state_dict({key: file.read(prefix + key) for key in state})
+        setattr(parent, name, new)
+
+    def check(self) -> None:
+        """Raise Conflict for a method that replaced nothing."""
+        for method in self.replacing:
+            if method.label not in self.matched:
+                raise Conflict(
+                    f"{method.label} matches no projection of {self.model.name}", hint="see its config: which projections it takes"
+                )
+
+
+def bundle_tensors(view: Backbone, keep_base: bool) -> dict[str, Tensor]:
+    """What ``write_bundle`` takes of a view: the base's weights, and the methods' states under ``methods.LABEL.``.
+
+    Without the base (not wanted, or replaced while loading) projections are written as the method keeps them.
+    """
+    base: Backbone = view.__dict__.get("_root", view)
+    states = {f"methods.{name}": value for name, value in view.methods.state_dict().items()}
+    whole = base if keep_base and not swapped(base) else view
+    paths, labels = swapped(whole), [m.label for m in view.attached if replaces(m)]
+    if paths and len(labels) != 1:
+        raise DitkitError(f"{', '.join(labels)} replaced projections", allowed="one such method where the base's weights are not written")
+    for name, value in whole.state_dict().items():
+        if not name.startswith("methods."):
+            path = next((p for p in paths if name.startswith(f"{p}.")), None)
+            states[name if path is None else f"methods.{labels[0]}.{REPLACED}{name}"] = value
+    return states
+
+
+def swapped(model: Backbone) -> set[str]:
+    """Paths of the projections that are no longer what the backbone was built with."""
+    built = empty_model(Part(name=model.name, config=model.config.to_dict()))
+    return {path for path, parent, name in projections(built) if type(model.get_submodule(path)) is not type(getattr(parent, name))}
 
 
 def _shared(model: nn.Module) -> Callable[[nn.Parameter, nn.Parameter], nn.Parameter]:
@@ -140,15 +252,6 @@ def _read(source: Source, name: str, empty: Tensor, dtype: torch.dtype, device: 
     value = source.read(name)
     check_kind(where, name, value.dtype, empty.dtype)
     return value.to(device, dtype if value.is_floating_point() else empty.dtype)
-
-
-def _replace(parent: nn.Module, name: str, path: str, replacing: Sequence[Method]) -> set[str]:
-    """Swap one projection for the substitute of the first method that has one; returns that method's label."""
-    for method in replacing:
-        if (new := method.replace(path, getattr(parent, name))) is not None:
-            setattr(parent, name, new)
-            return {method.label}
-    return set()
 
 
 def _computed_buffers(model: Backbone, device: torch.device) -> None:

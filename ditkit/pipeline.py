@@ -32,7 +32,7 @@ from ditkit.diffusion.guidance import Guidance, guided
 from ditkit.diffusion.process import Process, process_from
 from ditkit.diffusion.solvers import SOLVERS
 from ditkit.finite import NotFinite, Watch, find_module, finite
-from ditkit.loading import choose, load_model, shapes_of
+from ditkit.loading import bundle_tensors, choose, load_model
 from ditkit.output import Output, read_record, to_images
 from ditkit.request import MAX_SEED, Request, check_sampling, choose_guidance, expand_labels, find_solver, whole
 
@@ -105,18 +105,22 @@ class Pipeline:
         other._allow_graphs(self.config.sampling.num_inference_steps)
         return other
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a bundle: the base's weights, the list of methods, their states and what they were made for."""
-        view, base = self.eager, self.eager.__dict__.get("_root", self.eager)
+    def save_pretrained(self, folder: str | Path, *, keep_base: bool = True) -> None:
+        """Write a bundle: the base's weights, the list of methods, their states and what they were made for.
+
+        Args:
+            keep_base: False writes the projections that a method replaced as it keeps them (int8: a quarter of the size); so does
+                True where the base's own are gone, because they were replaced while loading.
+        """
+        view = self.eager
         parts = tuple(MethodPart(name=m.name, label=m.label, config=m.config.to_dict()) for m in view.attached)
-        dtype = str(next(base.parameters()).dtype).removeprefix("torch.")
-        config = BundleConfig.parse({**self.config.to_dict(), "dtype": dtype, "methods": [p.to_dict() for p in parts]})
-        tensors = {k: v for k, v in base.state_dict().items() if not k.startswith("methods.")}
-        if {k: tuple(v.shape) for k, v in tensors.items()} != shapes_of(config.backbone):
-            raise DitkitError("the base weights are gone: a method replaced them while loading", hint="copy the bundle that was loaded")
-        states = {f"methods.{k}": v for k, v in view.methods.state_dict().items()}
+        dtype = str(next(view.parameters()).dtype).removeprefix("torch.")
+        changed: dict[str, Any] = {"dtype": dtype, "methods": [p.to_dict() for p in parts]}
+        if self.codec.name != "identity":  # written beside the model, wherever it was read from
+            changed["codec"] = {"name": self.codec.name}
+        config = BundleConfig.parse({**self.config.to_dict(), **changed})
         learned = {m.label: self.valid_for.get(m.label) or Validity.of(config, m) for m in view.attached if m.state_dict()}
-        write_bundle(folder, config, {**tensors, **states}, learned, self.codec)
+        write_bundle(folder, config, bundle_tensors(view, keep_base), learned, self.codec)
 
     @torch.no_grad()
     def __call__(

@@ -17,6 +17,7 @@ from ditkit.core.method import Method
 from ditkit.loading import empty_model, load_model, make_method
 from ditkit.methods.adaptation.lora import LoRA
 from ditkit.methods.efficiency.fora import FORA
+from ditkit.methods.efficiency.int8 import Int8 as Int8Method
 from ditkit.pipeline import Pipeline
 
 CPU = (torch.float32, torch.device("cpu"))
@@ -311,6 +312,49 @@ def test_loading_with_a_method_that_drops_weights_needs_little_more_than_the_res
     assert peak.most <= 1.2 * result
     attached = Pipeline(model.eval(), config).with_methods(Bytes())
     assert torch.equal(x_of(Pipeline(view, config), num_inference_steps=2), x_of(attached, num_inference_steps=2))
+
+
+def test_a_quantised_model_is_saved_with_its_base_or_small(pipe, tmp_path):
+    """Both read back bit-equal; the small one holds 8-bit projections, and also follows from a model whose base was never there."""
+    view = pipe.with_methods(Int8Method(kernel="dequantise"), FORA(interval=2), LoRA(rank=2))
+    for p in view.model.methods.parameters():
+        p.data.normal_(std=0.3)
+    want = x_of(view)
+    view.save_pretrained(tmp_path / "whole")
+    view.save_pretrained(tmp_path / "small", keep_base=False)
+    whole = Pipeline.from_pretrained(tmp_path / "whole", device="cpu")
+    whole.save_pretrained(tmp_path / "small again")
+    for name in ("whole", "small", "small again"):
+        assert torch.equal(x_of(Pipeline.from_pretrained(tmp_path / name, device="cpu")), want)
+    sizes = {name: sum(f.stat().st_size for f in (tmp_path / name).rglob("*.safetensors")) for name in ("whole", "small", "small again")}
+    assert sizes["small"] == sizes["small again"] < 0.8 * sizes["whole"]
+    assert "blocks.0.parts.img.qkv.weight" not in read_tensors(tmp_path / "small" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda w: w.pop("replaced.blocks.1.parts.img.qkv.scale"), "missing 'scale'"),
+        (lambda w: w.update({"replaced.blocks.9.parts.img.qkv.scale": torch.ones(1)}), "belongs to no projection"),
+        (lambda w: w.update({"replaced.final.proj.scale": torch.ones(24)}), "which int8 leaves alone"),
+        (lambda w: w.update({"replaced.blocks.1.parts.img.qkv.weight": torch.ones(96, 32)}), "is torch.float32; allowed: torch.int8"),
+        (lambda w: w.update({"other": torch.ones(1)}), "unknown 'other'"),
+    ],
+)
+def test_a_small_bundle_that_does_not_fit_is_refused(pipe, tmp_path, change, text):
+    pipe.with_methods(Int8Method(kernel="dequantise")).save_pretrained(tmp_path / "b", keep_base=False)
+    path = tmp_path / "b" / "methods" / "int8.safetensors"
+    state = read_tensors(path)
+    change(state)
+    write_tensors(path, state)
+    model = tmp_path / "b" / "model.safetensors"
+    if any(name.startswith("replaced.final.proj") for name in state):
+        weights = read_tensors(model)
+        del weights["final.proj.weight"], weights["final.proj.bias"]
+        write_tensors(model, weights)
+    write_manifest(tmp_path / "b")
+    with pytest.raises(WeightsError, match=text):
+        Pipeline.from_pretrained(tmp_path / "b", device="cpu")
 
 
 def test_loading_with_a_method_that_matches_nothing_is_refused(pipe, tmp_path):
