@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,8 @@ def world(size: int, target: Callable[..., Any], *args: Any) -> list[Any]:
 def _call(target: Callable[..., Any], args: tuple[Any, ...], env: dict[str, str]) -> None:
     os.environ.update(env)
     import torch
+    from tqdm import tqdm
 
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own lock is a semaphore of the system, which a killed child would leave behind
     target(*args)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ditkit.core.files import folder_hash
+from ditkit.core.files import folder_hash, read_tensors, write_json
 from ditkit.train.logs import read_log
 from ditkit.train.recipe import Recipe
 
@@ -72,13 +72,29 @@ class _FileEvents:
 
 
 def comparable(folder: str | Path) -> dict[str, Any]:
-    """What must not depend on interruptions: the bytes of the last checkpoint's tensors, the bundle's hash, the log without times."""
+    """What must not depend on interruptions: the bits of the last checkpoint's tensors, the bundle's hash, the log without times."""
     folder = Path(folder)
     last = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip()
     timed = ("images_per_second", "mfu", "data_wait", "peak_flops")
     log = [{k: v for k, v in e.items() if k not in timed} for e in read_log(folder / "log.jsonl") if e["event"] != "resume"]
     return {
-        "tensors": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(last.glob("*.safetensors"))},
+        "tensors": {(p.name, n): t.numpy().tobytes() for p in sorted(last.glob("*.safetensors")) for n, t in read_tensors(p).items()},
         "bundle": folder_hash(folder),
         "log": log,
     }
+
+
+def rows_in_child(recipe: dict[str, Any], folder: str, steps: int) -> None:
+    """Write what each row of this process sees in the first steps, as hashes of its noise and time, to ``folder``/rank-R.json."""
+    from ditkit.train.distributed import connect
+    from ditkit.train.loop import Training
+
+    world = connect("cpu")
+    training = Training(Recipe.parse(recipe), Path(folder), world)
+    seen = []
+    for step in range(steps):
+        tensors = training.batches(step).tensors
+        rows = zip(tensors["noise"].numpy(), tensors["time"].numpy())
+        seen.append([hashlib.sha256(noise.tobytes() + time.tobytes()).hexdigest() for noise, time in rows])
+    write_json(Path(folder) / f"rank-{world.rank}.json", seen)
+    world.close()

@@ -7,6 +7,7 @@ replicas of one another (HSDP). Run with gloo on CPUs in the tests; NCCL has not
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -34,19 +35,17 @@ class World:
         """Whether this process writes logs, pictures and the bundle."""
         return self.rank == 0
 
-    def shard(self, model: Backbone, whole_after: bool = True) -> None:
-        """Shard the blocks, then the rest; parameters become distributed tensors.
-
-        Args:
-            whole_after: the root may stay whole after a forward, because a backward pass follows.
-        """
+    def shard(self, model: Backbone) -> None:
+        """Shard the blocks, then the rest; parameters become distributed tensors."""
         if self.size == 1:
             return
         from torch.distributed.fsdp import fully_shard
 
+        # a block passes the conditioning on as it is, which FSDP has made a view; nobody writes into it
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         for block in model.blocks:
             fully_shard(block, mesh=self.mesh)
-        fully_shard(model, mesh=self.mesh, reshard_after_forward=not whole_after)
+        fully_shard(model, mesh=self.mesh)
 
     def exchange_gradients(self, model: nn.Module, now: bool) -> None:
         """Whether the next backward pass reduces gradients over processes (the last micro-batch) or only adds them up."""

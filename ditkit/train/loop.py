@@ -103,7 +103,7 @@ class Training:
         self.flops, self.peak = self._measure_machine()
         twin = second_model(self.model)
         world.shard(self.model)
-        world.shard(twin, whole_after=False)
+        world.shard(twin)
         self.ema = EMA(twin, self.model, self.cfg.ema_decay)
         self.optimizers = Optimizers(self.model, self.cfg)
         self.forward = self._compiled()

@@ -23,6 +23,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards the model is as it was, and sharded again if it was sharded."""
     training = model.training
     model.eval()
+    if hasattr(model, "unshard"):
+        model.unshard()  # type: ignore[operator]  # labels are embedded outside a forward, where nobody gathers parameters
     try:
         with torch.no_grad():
             yield

@@ -1,0 +1,128 @@
+"""Two gloo processes with sharded parameters against one: equal numbers, equal rows, and a run that survives the death of one."""
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ditkit
+from ditkit.testing import processes
+from ditkit.testing.training import comparable, rows_in_child, run_in_child, tiny_recipe
+from ditkit.train.logs import read_log
+
+TRAINER = {"steps": 6, "save_every": 2, "validate_every": 3, "sample_every": 6, "learning_rate": 1e-3, "grad_clip": 0.5}
+
+
+def recipe(**trainer) -> dict:
+    return tiny_recipe(**{**TRAINER, **trainer}).to_dict()
+
+
+def train_with(size: int, folder: Path, **trainer) -> list[int]:
+    """Train with ``size`` processes; returns their exit codes."""
+    return finish(processes.world(size, run_in_child, recipe(**trainer), str(folder)))
+
+
+def finish(children: list) -> list[int]:
+    """Wait for all; once one has failed the others are ended, as torchrun does."""
+    for child in children:
+        child.join(25)
+        if child.exitcode != 0:
+            for other in children:
+                other.terminate()
+    for child in children:
+        child.join(5)
+        child.kill()
+        child.join()
+    return [child.exitcode for child in children]
+
+
+def weights(folder: Path) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in ditkit.from_pretrained(folder).model.parameters()])
+
+
+def close(a: Path, b: Path) -> bool:
+    """Losses, gradient norms and weights of two runs, to 1e-5."""
+    x, y = weights(a), weights(b)
+    return np.allclose(losses(a), losses(b), rtol=1e-5) and float((x - y).norm() / x.norm()) < 1e-5
+
+
+def same(a: Path, b: Path) -> bool:
+    """Losses, gradient norms and weights of two runs, bit for bit."""
+    return losses(a) == losses(b) and torch.equal(weights(a), weights(b))
+
+
+def losses(folder: Path) -> list[float]:
+    events = read_log(folder / "log.jsonl")
+    return [e[k] for e in events for k in ("loss", "grad_norm", "raw", "ema") if e["event"] in ("train", "validation") and k in e]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, which takes the halves of its batch in turn."""
+    folder = tmp_path_factory.mktemp("one") / "run"
+    assert processes.run(run_in_child, recipe(accumulation=2), str(folder)) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two") / "run"
+    assert train_with(2, folder) == [0, 0]
+    return folder
+
+
+def test_two_processes_equal_one(tmp_path: Path, two: Path) -> None:
+    assert processes.run(run_in_child, recipe(), str(tmp_path / "run")) == 0
+    assert close(tmp_path / "run", two)
+
+
+def test_two_processes_are_two_micro_batches_of_one_bit_for_bit(one: Path, two: Path) -> None:
+    assert same(one, two)
+
+
+def test_each_process_holds_half(two: Path) -> None:
+    shards = sorted((two / "checkpoints" / "step-6").glob("shard-*.safetensors"))
+    assert len(shards) == 2
+    sizes = [shard.stat().st_size for shard in shards]
+    assert max(sizes) < 1.3 * min(sizes)
+
+
+def test_a25_two_processes_see_different_rows_the_same_as_one(tmp_path: Path) -> None:
+    seen = {}
+    for size in (1, 2):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        assert finish(processes.world(size, rows_in_child, recipe(), str(folder), 3)) == [0] * size
+        seen[size] = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(size)]
+    for step in range(3):
+        first, second = (set(rank[step]) for rank in seen[2])
+        assert not first & second
+        assert first | second == set(seen[1][0][step])
+
+
+def test_the_death_of_one_process_costs_nothing(tmp_path: Path, two: Path) -> None:
+    folder = tmp_path / "run"
+    children = processes.world(2, run_in_child, recipe(), str(folder), 0)
+    while not (folder / "checkpoints" / "latest").exists():
+        children[0].join(0.02)
+    children[1].kill()
+    assert finish(children)[1] == -signal.SIGKILL
+    assert train_with(2, folder) == [0, 0]
+    assert comparable(folder) == comparable(two)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_processes_bit_for_bit(before: int, after: int, tmp_path: Path, one: Path) -> None:
+    folder = tmp_path / "run"
+    assert train_with(before, folder, steps=4, accumulation=2 // before) == [0] * before
+    assert train_with(after, folder, accumulation=2 // after) == [0] * after
+    assert torch.equal(weights(folder), weights(one))
+    assert [e["step"] for e in read_log(folder / "log.jsonl") if e["event"] == "resume"] == [4]
+
+
+def test_replicas_of_shards_equal_one(tmp_path: Path, one: Path) -> None:
+    assert train_with(2, tmp_path / "run", replicas=2) == [0, 0]
+    assert close(tmp_path / "run", one)
