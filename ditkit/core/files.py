@@ -173,6 +173,8 @@ def check_finite(path: str | Path, name: str, value: Tensor) -> None:
         return
     for i, part in enumerate(value.reshape(-1).split(1 << 20)):  # in parts: the mask must not cost a copy of the tensor
         part = part.float() if part.element_size() == 1 else part
+        if bool(part.sum(dtype=None if part.element_size() > 2 else torch.float32).isfinite()):
+            continue  # NaN and infinity survive a sum, and it costs a fifth
         bad = ~torch.isfinite(part)
         if bool(bad.any()):
             at = (i << 20) + int(bad.nonzero()[0])
