@@ -84,6 +84,15 @@ def comparable(folder: str | Path) -> dict[str, Any]:
     }
 
 
+def peak_in_child(recipe: dict[str, Any], folder: str) -> None:
+    """Train, and write the most memory that this process ever had, in bytes, to ``folder``.peak."""
+    import resource
+
+    run_in_child(recipe, folder)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    Path(folder + ".peak").write_text(str(peak))
+
+
 def rows_in_child(recipe: dict[str, Any], folder: str, steps: int) -> None:
     """Write what each row of this process sees in the first steps, as hashes of its noise and time, to ``folder``/rank-R.json."""
     from ditkit.train.distributed import connect

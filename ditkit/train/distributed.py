@@ -46,6 +46,7 @@ class World:
         for block in model.blocks:
             fully_shard(block, mesh=self.mesh)
         fully_shard(model, mesh=self.mesh)
+        model.__dict__.pop("_root", None)  # the base that a view was made of would keep whole parameters alive
 
     def exchange_gradients(self, model: nn.Module, now: bool) -> None:
         """Whether the next backward pass reduces gradients over processes (the last micro-batch) or only adds them up."""

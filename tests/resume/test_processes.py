@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import ditkit
+from ditkit.core.files import read_tensors
 from ditkit.testing import processes
 from ditkit.testing.training import comparable, rows_in_child, run_in_child, tiny_recipe
 from ditkit.train.logs import read_log
@@ -126,3 +127,16 @@ def test_a_run_goes_on_with_another_number_of_processes_bit_for_bit(before: int,
 def test_replicas_of_shards_equal_one(tmp_path: Path, one: Path) -> None:
     assert train_with(2, tmp_path / "run", replicas=2) == [0, 0]
     assert close(tmp_path / "run", one)
+
+
+def test_a_lora_on_a_sharded_base(tmp_path: Path, one: Path) -> None:
+    """A view is sharded as one module: what is frozen stays, what is learned equals one process bit for bit."""
+    lora = {"base": str(one), "backbone": None, "process": None, "trainable": ["methods.*"]}
+    lora["methods"] = [{"name": "lora", "config": {"rank": 2}}]
+    folders = [tmp_path / str(size) for size in (1, 2)]
+    for size, folder in zip((1, 2), folders):
+        values = tiny_recipe(lora, steps=4, save_every=2, learning_rate=1e-2, accumulation=2 // size).to_dict()
+        assert finish(processes.world(size, run_in_child, values, str(folder))) == [0] * size
+    states = [read_tensors(folder / "methods" / "lora.safetensors") for folder in folders]
+    assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
+    assert all((folder / "model.safetensors").read_bytes() == (one / "model.safetensors").read_bytes() for folder in folders)
