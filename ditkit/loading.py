@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ditkit.bundle import METHODS, Opened, Part, Validity, read_card
+from ditkit.bundle import METHODS, MethodCard, Opened, Part, Validity, read_card
 from ditkit.core import registry
 from ditkit.core.backbone import Backbone
 from ditkit.core.errors import Conflict, DitkitError, WeightsError
@@ -43,7 +44,7 @@ def load_model(
     view = with_methods(model, *(m for m in methods if m not in replacing))
     valid_for = {}
     for part in opened.config.methods:
-        _read_state(opened, part.label, listed[part.label], files[part.label])
+        read_state(listed[part.label], part.label, files[part.label], str(opened.folder / METHODS / f"{part.label}.safetensors"))
         if (card := read_card(opened.folder, part)) is not None:
             card.check_model(part.label, opened.config)
             valid_for[part.label] = card
@@ -58,6 +59,23 @@ def make_method(part: Part) -> Method:
     return method
 
 
+def read_method(path: str | Path) -> tuple[Method, MethodCard, TensorFile | None]:
+    """A method that stands alone: ``LABEL.json`` as in a bundle's ``methods/``, with its state ``LABEL.safetensors`` beside it."""
+    path = Path(path)
+    card = MethodCard.load(path if path.suffix == ".json" else path.with_name(f"{path.name}.json"))
+    state = path.with_name(f"{card.method.label}.safetensors")
+    return make_method(card.method), card, TensorFile(state) if state.is_file() else None
+
+
+def attach(view: Backbone, method: Method, card: MethodCard, file: TensorFile | None) -> Backbone:
+    """A view with a method that was read, its state in it."""
+    if replaces(method):
+        raise DitkitError(f"{card.method.label} keeps projections of its own model", hint="load the bundle that it belongs to")
+    view = with_methods(view, method)
+    read_state(method, card.method.label, file, str(file.path if file else card.method.label))
+    return view
+
+
 def replaces(method: Method) -> bool:
     """Whether it swaps projections."""
     return type(method).replace is not Method.replace
@@ -68,13 +86,12 @@ def _state_file(opened: Opened, label: str) -> TensorFile | None:
     return TensorFile(path) if path.is_file() else None
 
 
-def _read_state(opened: Opened, label: str, method: Method, file: TensorFile | None) -> None:
+def read_state(method: Method, label: str, file: TensorFile | None, where: str) -> None:
     """Read what a method learned, strictly."""
     if method.label != label:
-        raise WeightsError(f"{opened.folder}: method {method.label!r} is listed as {label!r}", hint="correct its label in config.json")
+        raise WeightsError(f"{where}: method {method.label!r} is listed as {label!r}", hint="correct its label")
     state = method.state_dict()
     found = {} if file is None else {name: shape for name, shape in file.shapes.items() if not name.startswith(REPLACED)}
-    where = file.path if file else opened.folder / METHODS / f"{label}.safetensors"
     check_shapes(where, {name: tuple(value.shape) for name, value in state.items()}, found)
     if file is not None and state:
         method.load_state_dict({name: file.read(name) for name in found})

@@ -32,7 +32,7 @@ from ditkit.diffusion.guidance import Guidance, guided
 from ditkit.diffusion.process import Process, process_from
 from ditkit.diffusion.solvers import SOLVERS
 from ditkit.finite import NotFinite, Watch, find_module, finite
-from ditkit.loading import bundle_tensors, choose, load_model
+from ditkit.loading import attach, bundle_tensors, choose, load_model, read_method
 from ditkit.output import Output, read_record, to_images
 from ditkit.request import MAX_SEED, Request, check_sampling, choose_guidance, expand_labels, find_solver, whole
 
@@ -91,9 +91,23 @@ class Pipeline:
         """Where the model is."""
         return next(self.model.parameters()).device
 
-    def with_methods(self, *methods: Method) -> Pipeline:
-        """This pipeline with methods attached, over the same weights. Raises Conflict where they cannot meet."""
-        return self._like(with_methods(self.eager, *methods))
+    def with_methods(self, *methods: Method | str | Path) -> Pipeline:
+        """This pipeline with methods attached, over the same weights.
+
+        Args:
+            methods: or files ``methods/LABEL.json`` of a bundle: the method with what it learned.
+
+        Raises:
+            Conflict: two methods, or a method and the backbone, cannot meet.
+            ConfigError: what a file holds was made for another model.
+        """
+        other = self._like(with_methods(self.eager, *(m for m in methods if isinstance(m, Method))))
+        for path in (m for m in methods if not isinstance(m, Method)):
+            method, card, file = read_method(path)
+            card.valid_for.check_model(card.method.label, self.config)
+            other.model = other.eager = attach(other.eager, method, card, file)
+            other.valid_for[card.method.label] = card.valid_for
+        return other
 
     def compile(self, grain: str = "block", **options: Any) -> Pipeline:
         """This pipeline compiled; ``grain`` and ``options`` as for ``ditkit.core.view.compile_view``.

@@ -111,6 +111,21 @@ class Router(FORA):
     step_bound = True
 
 
+def test_what_a_method_learned_is_attached_from_its_file(pipe, tmp_path):
+    view = pipe.with_methods(LoRA(rank=2))
+    for p in view.model.methods.parameters():
+        p.data.normal_(std=0.3)
+    view.save_pretrained(tmp_path / "b")
+    for path in (tmp_path / "b" / "methods" / "lora.json", tmp_path / "b" / "methods" / "lora"):
+        assert torch.equal(x_of(pipe.with_methods(FORA(interval=2), path)), x_of(view.with_methods(FORA(interval=2))))
+    other = make_pipeline()
+    other.config = other.config.model_copy(update={"process": Part(name="gaussian", config={"schedule": "squaredcos_cap_v2"})})
+    with pytest.raises(DitkitError, match="made for another process"):
+        other.with_methods(path)
+    with pytest.raises(DitkitError, match=r"nowhere\.json does not exist"):
+        pipe.with_methods(tmp_path / "nowhere")
+
+
 def test_a_step_bound_state_is_valid_for_its_solver_and_steps_any_other_for_all(pipe):
     for free in (LoRA(rank=2), LoRA(rank=2, window=(0.2, 0.5)), FORA(interval=2)):
         assert Validity.of(pipe.config, free).num_inference_steps is None
