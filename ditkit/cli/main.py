@@ -17,6 +17,7 @@ VERBS = {
     "eval": "quality of a bundle's samples",
     "bench": "time, MACs, memory and quality of bundles, interleaved",
     "demo": "train on digits, sample, accelerate, write an HTML report",
+    "reproduce": "a paper's central claim in miniature, with a verdict",
 }
 
 

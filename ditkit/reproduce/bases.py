@@ -1,0 +1,140 @@
+"""Bases: models that experiments stand on, trained once and found again by content hash.
+
+The hash is of the recipe and of the code that decides what its training gives; comments, docstrings and layout do not count.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from ditkit.bundle import open_bundle
+from ditkit.core.cache import cache_dir
+from ditkit.core.config import read_data
+from ditkit.core.errors import DitkitError, WeightsError
+from ditkit.core.files import write_json
+from ditkit.train import Recipe, train
+
+log = logging.getLogger("ditkit")
+PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGES = ("core", "nn", "diffusion", "train")  # all that computes a step; the backbone and the data set are added by name
+NOTE = "base.json"
+
+
+class Stopped(Exception):
+    """A signal ended training after a checkpoint; the same command goes on from there."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A trained model on the disk."""
+
+    folder: Path
+    hash: str
+    seconds: float  # of its training, whenever that was
+    reused: bool
+
+
+class BaseStore:
+    """Trained bases under ``root`` (by default the user's cache), one folder a content hash; what is half trained goes on."""
+
+    def __init__(self, root: str | Path | None = None) -> None:
+        self.root = Path(root) if root is not None else cache_dir("bases")
+
+    def get(self, recipe: Recipe, progress: bool = True) -> Base:
+        """The base of ``recipe``, trained now unless it is there. Raises Stopped when a signal ended the training."""
+        key = content_hash(recipe)
+        folder = self.root / key[:32]
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
+            if (seconds := _finished(folder)) is not None:
+                return Base(folder, key, seconds, reused=True)
+            start = time.perf_counter()
+            if not train(recipe, folder, progress=progress).finished:
+                raise Stopped
+            seconds = time.perf_counter() - start
+            write_json(folder / NOTE, {"hash": key, "seconds": seconds, "recipe": recipe.to_dict()})
+            return Base(folder, key, seconds, reused=False)
+
+
+def _finished(folder: Path) -> float | None:
+    """Seconds that training took, if the folder holds a whole base. A damaged one is an error, not a reason to train over it."""
+    note = folder / NOTE
+    if not note.is_file():
+        return None
+    try:
+        open_bundle(folder)
+    except WeightsError as error:
+        raise WeightsError(f"the base in {folder} is damaged: {error.what}", hint="remove that folder; it is trained again") from None
+    return float(read_data(note)["seconds"])
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two experiments that need the same base train it once: the second waits. The lock goes with the process that holds it."""
+    with folder.with_name(f"{folder.name}.lock").open("w") as file:
+        _lock(file)
+        yield
+
+
+def _lock(file: IO[str]) -> None:
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        return
+    fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def content_hash(recipe: Recipe) -> str:
+    """SHA-256 of the recipe, the code that trains it, torch and the kind of device."""
+    values = recipe.to_dict()
+    for key in ("sampling", "claim"):  # what training does not see
+        values.pop(key)
+    device = recipe.trainer.device
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device.split(":")[0]
+    if recipe.base is not None:
+        values["base"] = open_bundle(recipe.base).hash
+    backbone = recipe.backbone.name if recipe.backbone else ""
+    content = [values, code_hash(code_of(backbone, recipe.data.name)), torch.__version__, kind]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def code_of(backbone: str, data: str) -> tuple[Path, ...]:
+    """The source files that decide what training gives."""
+    files = [path for name in PACKAGES for path in sorted((PACKAGE / name).rglob("*.py"))]
+    files += [p for p in (PACKAGE / "backbones" / f"{backbone}.py", PACKAGE / "data" / f"{data}.py") if p.is_file()]
+    if not files:
+        raise DitkitError(f"{PACKAGE} holds no source", hint="install ditkit with its .py files")
+    return tuple(files)
+
+
+@lru_cache(maxsize=16)
+def code_hash(files: tuple[Path, ...]) -> str:
+    """SHA-256 of what the files do, their syntax trees without docstrings; as the files are when it is first asked for."""
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.relative_to(PACKAGE) if path.is_relative_to(PACKAGE) else path.name}\n".encode())
+        digest.update(meaning(path.read_text(encoding="utf-8")).encode())
+    return digest.hexdigest()
+
+
+def meaning(source: str) -> str:
+    """The syntax tree without comments, docstrings and line numbers."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and body:
+            if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
+                node.body = body[1:]
+    return ast.dump(tree)

@@ -1,0 +1,63 @@
+"""An experiment's result as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .runner import Reproduction
+from .verdicts import ClaimResult, Effect, PairedResult, TrendResult
+
+UNITS = {"mse": "held-out mean squared error", "frechet": "Fréchet distance (pca64)", "accuracy": "class accuracy"}
+
+
+def summary(found: Reproduction) -> str:
+    """What was asked, what was found, and on what."""
+    p, m = found.protocol, found.machine
+    labels = {name: arm.label or name for name, arm in p.arms.items()}
+    head = [
+        f"{found.name}: {p.title}",
+        f"{p.paper}; protocol of {p.written}; {found.part} part; seeds {', '.join(map(str, p.seeds))}",
+        f"{m.gpu or m.cpu}, {m.cores} cores, {m.threads} threads; torch {m.torch}; ditkit {m.ditkit} {found.commit}".rstrip(),
+        f"{found.seconds['all']:.0f} s: {found.bases['trained']} bases trained in {found.seconds['training']:.0f} s, "
+        f"{found.bases['reused']} reused; measured in {found.seconds['measuring']:.0f} s",
+    ]
+    real = found.real
+    floor = f"real test pictures ({real['num_samples']}): Fréchet distance {real['frechet']:.3f}, class accuracy {real['accuracy']:.3f}"
+    return "\n".join([*head, "", *_rows(found), floor, *(u for c in found.claims for u in ("", *_claim(c, labels)))]) + "\n"
+
+
+def _rows(found: Reproduction) -> list[str]:
+    """Means over seeds, one line an arm."""
+    lines = [["arm", "evaluations", "MMACs each", "mse", "Fréchet", "accuracy"]]
+    for name in dict.fromkeys(r.arm for r in found.rows):
+        rows = [r for r in found.rows if r.arm == name]
+        cells = [rows[0].label, str(rows[0].evaluations) if rows[0].measure == "samples" else "", f"{rows[0].macs / 1e6:.2f}"]
+        for metric, digits in (("mse", 4), ("frechet", 3), ("accuracy", 3)):
+            values = [r.metrics[metric] for r in rows if metric in r.metrics]
+            cells.append(f"{sum(values) / len(values):.{digits}f}" if values else "")
+        lines.append(cells)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return ["  ".join(u.rjust(w) if i else u.ljust(w) for i, (u, w) in enumerate(zip(line, widths))).rstrip() for line in lines]
+
+
+def _claim(c: ClaimResult, labels: dict[str, str]) -> Iterator[str]:
+    yield f"{c.verdict.upper()}: {c.name}"
+    yield f"  {c.hypothesis}"
+    if isinstance(c, TrendResult):
+        seeds = ", ".join(f"{r:+.2f}" for r in c.per_seed)
+        strict = "strictly monotone" if c.monotone else "not monotone"
+        yield f"  rho {c.rho:+.2f} over {len(c.arms)} points ({strict}), exact one-sided p {c.p:.4f}; by seed {seeds}"
+        yield f"  |rho| in the claimed direction, bootstrap: {c.low:.2f} to {c.high:.2f}; detectable: {c.smallest_effect:g}"
+    else:
+        for effect in (*c.effects, *c.context):
+            yield from _effect(effect, c, labels)
+
+
+def _effect(e: Effect, c: PairedResult, labels: dict[str, str]) -> Iterator[str]:
+    shown = e.verdict or "for context"
+    yield f"  {labels[e.method]} {e.method_value:.4g} against {labels[e.baseline]} {e.baseline_value:.4g} ({UNITS[c.metric]}): {shown}"
+    scale, unit = (100.0, " %") if c.relative else (100.0, " points") if c.metric == "accuracy" else (1.0, "")
+    values = [f"{v * scale:+.3g}" for v in (e.effect, e.low, e.high, *e.per_seed)]
+    yield f"    better by {values[0]}{unit} [{values[1]}, {values[2]}]; by seed {', '.join(values[3:])}"
+    planned, found = c.smallest_effect * scale, e.detectable * scale
+    yield f"    detectable with 80 % power: planned {planned:.3g}{unit}, at the spread found {found:.3g}{unit}"
