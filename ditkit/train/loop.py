@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,11 @@ class Training:
 
     def __init__(self, recipe: Recipe, folder: Path, world: World) -> None:
         self.recipe, self.folder, self.world, self.cfg = recipe, folder, world, recipe.trainer
+        if world.size > 1 and self.cfg.compile != "off":
+            raise ConfigError(f"trainer.compile is {self.cfg.compile!r} with {world.size} processes", allowed="off")
         self.parts: Parts = build(recipe, world.device)
-        self.objective, self.model = self.parts.objective, self.parts.model.train()
+        self.objective, self.model = self.parts.objective, self._trained(self.parts.model).train()
+        self.parts = replace(self.parts, model=self.model)  # nobody else may keep whole parameters alive
         self.dtype = torch.bfloat16 if _wants_bfloat16(self.cfg.dtype, world.device) else torch.float32
         self.flops, self.peak = self._measure_machine()
         twin = second_model(self.model)
@@ -312,11 +315,19 @@ class Training:
         """Arithmetic in bfloat16 where the recipe asks for it; weights stay as they are."""
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
+    def _trained(self, model: Backbone) -> Backbone:
+        """The model, or the view of it that is trained and sharded."""
+        how = self.cfg.activation_checkpointing
+        return model if how == "off" or self.cfg.compile != "off" else checkpoint_activations(model, how)
+
     def _compiled(self) -> Backbone:
+        """What a step calls. ``self.model`` itself is never compiled: a step can be replayed with hooks."""
         how, grain = self.cfg.activation_checkpointing, self.cfg.compile
+        if grain == "off":
+            return self.model
         if how != "off":
-            return checkpoint_activations(self.model, how, compiled=grain != "off")
-        return self.model if grain == "off" else compile_view(self.model, grain, num_steps=1)
+            return checkpoint_activations(self.model, how, compiled=True)
+        return compile_view(self.model, grain, num_steps=1)
 
     def _measure_machine(self) -> tuple[float, float]:
         """FLOPs of a sample, FLOP/s of the device; on the first process only."""

@@ -75,6 +75,8 @@ class TrainerRecipe(Config):
     def _fits(self) -> TrainerRecipe:
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size {self.batch_size} is no multiple of accumulation {self.accumulation}")
+        if self.activation_checkpointing != "off" and self.compile == "step":
+            raise ValueError("activation_checkpointing recomputes block by block: compile block, or off")
         if not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas {self.betas} are not in [0, 1)")
         return self

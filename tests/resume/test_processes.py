@@ -124,9 +124,10 @@ def test_a_run_goes_on_with_another_number_of_processes_bit_for_bit(before: int,
     assert [e["step"] for e in read_log(folder / "log.jsonl") if e["event"] == "resume"] == [4]
 
 
-def test_replicas_of_shards_equal_one(tmp_path: Path, one: Path) -> None:
-    assert train_with(2, tmp_path / "run", replicas=2) == [0, 0]
-    assert close(tmp_path / "run", one)
+@pytest.mark.parametrize("how", [{"replicas": 2}, {"activation_checkpointing": "selective"}])
+def test_replicas_of_shards_and_recomputed_activations_equal_one(how: dict, tmp_path: Path, one: Path) -> None:
+    assert train_with(2, tmp_path / "run", **how) == [0, 0]
+    assert same(tmp_path / "run", one)
 
 
 def test_a_lora_on_a_sharded_base(tmp_path: Path, one: Path) -> None:

@@ -17,6 +17,7 @@ from ditkit.core.view import compile_view
 from ditkit.testing.training import tiny_recipe
 from ditkit.train import loop, train
 from ditkit.train.checkpoint import Checkpoints
+from ditkit.train.distributed import World
 from ditkit.train.logs import Log, cut_log, read_log
 
 
@@ -187,6 +188,11 @@ def test_a_pattern_that_matches_nothing_is_refused(tmp_path: Path) -> None:
 def test_activation_checkpointing_changes_no_bit(how: str, tmp_path: Path, plain: Path) -> None:
     run(tmp_path / "run", activation_checkpointing=how)
     assert equal(raw(tmp_path / "run"), raw(plain))
+
+
+def test_compiling_is_for_one_process(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="2 processes"):
+        loop.Training(tiny_recipe(compile="block"), tmp_path, World(0, 2, torch.device("cpu")))
 
 
 @pytest.mark.compile

@@ -41,6 +41,7 @@ def test_a27_numbers_in_exponent_notation_are_numbers(tmp_path: Path) -> None:
         ({"trainer": {"stpes": 3}}, ("trainer.stpes", "'steps'")),
         ({"trainer": {"steps": "many"}}, ("trainer.steps", "many")),
         ({"trainer": {"batch_size": 10, "accumulation": 3}}, ("batch_size 10", "accumulation 3")),
+        ({"trainer": {"compile": "step", "activation_checkpointing": "full"}}, ("block by block",)),
         ({"trainer": {"keep": 1}}, ("trainer.keep", "2")),
         ({"base": "runs/digits"}, ("base", "backbone")),
         ({"batch": 3}, ("'batch'", "trainer.batch_size")),
