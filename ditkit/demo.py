@@ -24,7 +24,7 @@ from ditkit.train.logs import LOG, read_log
 log = logging.getLogger("ditkit")
 
 #: what is tried, where the registry has it
-ACCELERATIONS = ("fora:interval=2", "fora:interval=3", "int8+compile", "fora:interval=2+int8+compile")
+ACCELERATIONS = ("compile", "fora:interval=2", "fora:interval=3", "int8+compile", "fora:interval=2+int8+compile")
 GRIDS = 6  # sample grids shown of training
 
 
@@ -62,7 +62,7 @@ def demo(
         raise SystemExit(143)
     log.info("2/3  sampling and accelerating")
     pipe, judge = Pipeline.from_pretrained(bundle), Judge(recipe.data.name)
-    todo = variants({name: pipe}, available(accelerations))
+    todo = variants({"base": pipe}, available(accelerations))
     result, samples = compare_pipelines(todo, setting, judge, suite="demo", command=command, progress=progress)
     log.info("3/3  writing the report")
     story = Story(

@@ -202,14 +202,25 @@ def interleave(
         for turn in range(warmups + repeats):
             shift = turn % len(names)
             for name in names[shift:] + names[:shift]:
-                synchronise(device)
-                start = time.perf_counter()
-                calls[name]()
-                synchronise(device)
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(elapsed(calls[name], device))
                 first.setdefault(name, seconds[name][0])
                 bar.update()
     return {name: _summary(times[warmups:], first[name]) for name, times in seconds.items()}
+
+
+def elapsed(call: Callable[[], Any], device: str) -> float:
+    """Seconds of a call: by the GPU's own events, or by the clock."""
+    synchronise(device)
+    if device.startswith("cuda"):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
 
 
 def _summary(times: list[float], cold: float) -> Timing:

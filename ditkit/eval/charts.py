@@ -22,6 +22,7 @@ class Series:
     marks: bool = False
     bars: Sequence[tuple[float, float]] = ()
     labels: Sequence[str] = ()
+    below: bool = False  # names stand below their points
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def _series(s: Series, sx: _Scale, sy: _Scale) -> list[str]:
         out += [f'<circle class="dot {s.style}" cx="{a:.1f}" cy="{b:.1f}" r="5"/>' for a, b in places]
     for (a, b), label in zip(places, s.labels):
         side = ("end", a - 9) if a > WIDTH * 0.7 else ("start", a + 9)
-        out.append(_text(side[1], b - 8, label, side[0], "name"))
+        out.append(_text(side[1], b + 17 if s.below else b - 8, label, side[0], "name"))
     return out
 
 

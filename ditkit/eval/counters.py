@@ -170,8 +170,8 @@ def published(backbone: str, size: str, **changes: Any) -> Backbone:
 
 
 def parameters(model: nn.Module) -> int:
-    """Numbers in all parameters, shared ones once."""
-    return sum(p.numel() for p in model.parameters())
+    """Numbers in all parameters, shared ones once; 8-bit weights, which are kept as buffers, are parameters too."""
+    return sum(t.numel() for t in weights_of(model) if isinstance(t, nn.Parameter) or t.dtype in (torch.int8, torch.uint8))
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -203,10 +203,11 @@ _EXTRA: dict[str, Callable[[tuple[Any, ...], Any], int]] = {
     "aten::_int_mm": lambda a, out: _quantised_linear(a[0], out),
     "aten::_weight_int8pack_mm": lambda a, out: _quantised_linear(a[0], out),
     "aten::_addmm_activation": lambda a, out: _quantised_linear(a[1], out),
+    "ditkit::qlinear": lambda a, out: _quantised_linear(a[0], out),
     "onednn::qlinear_pointwise": lambda a, out: _quantised_linear(a[0], out),
     "mkldnn::_linear_pointwise": lambda a, out: _quantised_linear(a[0], out),
 }
-_INTEGER = ("aten::_int_mm", "onednn::qlinear_pointwise")
+_INTEGER = ("aten::_int_mm", "ditkit::qlinear", "onednn::qlinear_pointwise")
 _PLAIN = ("aten", "prim", "prims")
 
 

@@ -33,9 +33,10 @@ class Extractor(Protocol):
     def __call__(self, x: Tensor) -> Array: ...
 
 
-def everything(data: Dataset, chunk: int = 256) -> tuple[Tensor, Tensor]:
-    """All samples of a split: x (N, C, H, W), y (N,)."""
-    parts = [data.batch(rows) for rows in np.array_split(np.arange(len(data)), max(1, len(data) // chunk))]
+def everything(data: Dataset, most: int = 10_000, chunk: int = 256) -> tuple[Tensor, Tensor]:
+    """The samples of a split, x (N, C, H, W) and y (N,); of a larger one ``most``, evenly spread."""
+    chosen = np.arange(len(data)) if len(data) <= most else np.linspace(0, len(data) - 1, most).astype(np.int64)
+    parts = [data.batch(rows) for rows in np.array_split(chosen, max(1, len(chosen) // chunk))]
     return torch.cat([p["x"] for p in parts]), torch.cat([p["y"] for p in parts])
 
 
@@ -181,7 +182,7 @@ class LabelReader:
 
     name = "SVC on pixels"
 
-    def __init__(self, x: Tensor, y: Tensor, side: int = 32) -> None:
+    def __init__(self, x: Tensor, y: Tensor, side: int = 16) -> None:
         self.side = side
         self._svc = require("sklearn.svm", "eval").SVC().fit(_pixels(x.clamp(-1, 1), side), y.numpy())
 

@@ -266,9 +266,8 @@ def _points(name: str, rows: Sequence[Row], style: str) -> Series:
     bars = [(s.low, s.high) for s in scores if s.low is not None and s.high is not None]
     base = name != "accelerated"
     labels = [f"{r.num_inference_steps} steps" if base else r.name for r in rows]
-    return Series(
-        name, [(r.seconds.median * 1e3, s.value) for r, s in zip(rows, scores)], style, line=base, marks=True, bars=bars, labels=labels
-    )
+    points = [(r.seconds.median * 1e3, s.value) for r, s in zip(rows, scores)]
+    return Series(name, points, style, line=base, marks=True, bars=bars, labels=labels, below=not base)
 
 
 def _costs(story: Story) -> str:

@@ -20,9 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ditkit.nn.int8 import KERNELS, Kernel, quantise_weight
+from ditkit.nn.probe import int8_kernel
+
 from .counters import Cost
 
-COPY_BYTES = 64 * 2**20  # larger than caches
+COPY_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}  # larger than caches
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def load_average() -> float | None:
 @dataclass(frozen=True)
 class Roof:
     """Best rates, in operations or bytes a second. ``gemm`` by arithmetic (``plain``, the model's own, such as "fp32", and "int8"),
-    and by shape (M, K, N); ``kernels`` says what was called."""
+    and by shape (M, K, N); ``kernels`` says what was called. "int8" is absent where no integer product is faster (``nn/probe.py``)."""
 
     gemm: dict[str, float]
     attention: float
@@ -123,7 +126,7 @@ class Roof:
         rest = 2 * cost.linear_macs - integer
         parts = (
             rest / self.gemm[self.plain] if rest else 0,
-            integer / self.gemm["int8"] if integer else 0,
+            integer / self.gemm.get("int8", self.gemm[self.plain]) if integer else 0,
             attention / self.attention if attention else 0,
         )
         return max(sum(parts), (cost.weight_bytes + cost.io_bytes) / self.copy)
@@ -132,8 +135,8 @@ class Roof:
         """Seconds if each product and each attention ran at the best rate of its own shape (the best overall where not measured)."""
         seconds = 0.0
         for arithmetic, shapes in ((self.plain, cost.linears), ("int8", cost.integers)):
-            rates = self.gemm_by_shape.get(arithmetic, {})
-            seconds += sum(2 * m * k * n * calls / rates.get((m, k, n), self.gemm[arithmetic]) for (m, k, n), calls in shapes.items())
+            rates, best = self.gemm_by_shape.get(arithmetic, {}), self.gemm.get(arithmetic, self.gemm[self.plain])
+            seconds += sum(2 * m * k * n * calls / rates.get((m, k, n), best) for (m, k, n), calls in shapes.items())
         for (b, h, q, k, d), calls in cost.attentions.items():
             seconds += 4 * b * h * q * k * d * calls / self.attention_by_shape.get((b, h, q, k, d), self.attention)
         return seconds
@@ -164,36 +167,19 @@ def measure_roof(cost: Cost, *, device: str = "cpu", dtype: torch.dtype = torch.
     kernels = {plain: "torch.nn.functional.linear"}
     for m, k, n in shapes:
         probes[plain, m, k, n] = _linear(m, k, n, device, dtype), 2.0 * m * k * n
-    if int8 := int8_kernel(device):
-        kernels["int8"] = int8
+    if (choice := int8_kernel(device)).pays:
+        kernels["int8"] = choice.kernel
         for m, k, n in shapes:
-            if (call := _INT8[int8](m, k, n, device)) is not None:
-                probes["int8", m, k, n] = call, 2.0 * m * k * n
+            probes["int8", m, k, n] = _integers(m, k, n, device, KERNELS[choice.kernel]), 2.0 * m * k * n
     for b, h, q, k, d in heads:
         probes["attention", b, h, q, k, d] = _attention(b, h, q, k, d, device, dtype), 4.0 * b * h * q * k * d
-    probes["copy"] = _copy(device), 2.0 * COPY_BYTES
+    probes["copy"] = _copy(device), 2.0 * _copy_bytes(device)
     rates = {name: probes[name][1] / seconds for name, seconds in _best_times({n: p[0] for n, p in probes.items()}, rounds, device).items()}
     by_shape: dict[str, dict[tuple[int, int, int], float]] = {a: {s[1:]: r for s, r in rates.items() if s[0] == a} for a in kernels}
     by_shape = {a: v for a, v in by_shape.items() if v}
     attention = {s[1:]: r for s, r in rates.items() if s[0] == "attention"}
     best = {a: max(v.values()) for a, v in by_shape.items()}
     return Roof(best, max(attention.values()), rates["copy"], by_shape, kernels, device, plain, attention)
-
-
-def int8_kernel(device: str = "cpu") -> str:
-    """The integer product that is worth using here, or "": ``_int_mm`` needs VNNI or a GPU and is 60 times slower than fp32 without."""
-    if device.startswith("cuda"):
-        return "torch._int_mm"
-    if "VNNI" in torch.backends.cpu.get_cpu_capability().upper() or _flag("avx512_vnni"):
-        return "torch._int_mm"
-    return "onednn.qlinear_pointwise" if hasattr(torch.ops.onednn, "qlinear_pointwise") else ""
-
-
-def _flag(name: str) -> bool:
-    try:
-        return name in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
 
 
 def _linear(m: int, k: int, n: int, device: str, dtype: torch.dtype) -> Callable[[], Tensor]:
@@ -206,31 +192,20 @@ def _attention(b: int, h: int, q: int, k: int, d: int, device: str, dtype: torch
     return lambda: F.scaled_dot_product_attention(x, y, y)
 
 
+def _copy_bytes(device: str) -> int:
+    return COPY_BYTES[device.split(":")[0]]
+
+
 def _copy(device: str) -> Callable[[], Tensor]:
-    source = torch.ones(COPY_BYTES // 4, device=device)
+    source = torch.ones(_copy_bytes(device) // 4, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
-def _int_mm(m: int, k: int, n: int, device: str) -> Callable[[], Tensor] | None:
-    if device.startswith("cuda") and (m <= 16 or k % 8 or n % 8):
-        return None  # shapes that cuBLAS does not take
-    a, b = (torch.randint(-127, 128, shape, dtype=torch.int8, device=device) for shape in ((m, k), (k, n)))
-    return lambda: torch._int_mm(a, b)
-
-
-def _qlinear(m: int, k: int, n: int, device: str) -> Callable[[], Tensor]:
-    x = torch.randint(0, 128, (m, k), dtype=torch.uint8)
-    packed = torch.ops.onednn.qlinear_prepack(torch.randint(-127, 128, (n, k), dtype=torch.int8), [m, k])
-    scale, zero = torch.ones(n), torch.zeros(n, dtype=torch.int64)
-    plain: tuple[Any, ...] = (None, 1.0, 0, torch.float32, "none", [], "")
-    return lambda: torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, packed, scale, zero, *plain)
-
-
-_INT8: Mapping[str, Callable[[int, int, int, str], Callable[[], Tensor] | None]] = {
-    "torch._int_mm": _int_mm,
-    "onednn.qlinear_pointwise": _qlinear,
-}
+def _integers(m: int, k: int, n: int, device: str, kernel: Kernel) -> Callable[[], Tensor]:
+    q = torch.randint(0, 128, (m, k), device=device).to(kernel.dtype)
+    weight, scale = quantise_weight(torch.randn(n, k, device=device))
+    return lambda: kernel.product(q, weight, scale)
 
 
 def _best_times(calls: Mapping[Any, Callable[[], Any]], rounds: int, device: str, least: float = 2e-3) -> dict[Any, float]:

@@ -21,9 +21,11 @@ from ditkit.eval.bench import Candidate, interleave, peak_memory, run_bench
 from ditkit.eval.counters import Cost, count_forward, published
 from ditkit.eval.drift import drift
 from ditkit.eval.pipelines import Setting, compare_pipelines, notes_of, variants
-from ditkit.eval.roof import Roof, int8_kernel, load_average, machine, measure_roof
+from ditkit.eval.roof import Roof, load_average, machine, measure_roof
 from ditkit.eval.table import table, three
 from ditkit.methods.specs import parse_spec
+from ditkit.nn.int8 import has_onednn
+from ditkit.nn.probe import Choice
 from ditkit.pipeline import Pipeline
 
 
@@ -208,13 +210,14 @@ def test_measured_roof_of_a_real_model() -> None:
     assert better.attention == found.attention
 
 
-def test_no_integer_kernel_that_is_slower_than_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``_int_mm`` without VNNI is 60 times slower than fp32 (performance notes): it must not be taken there."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    monkeypatch.setattr("ditkit.eval.roof._flag", lambda name: False)
-    assert int8_kernel() != "torch._int_mm"
-    monkeypatch.setattr("ditkit.eval.roof._flag", lambda name: name == "avx512_vnni")
-    assert int8_kernel() == "torch._int_mm"
+def test_integers_have_a_roof_only_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no integer product is faster than fp32 (``_int_mm`` without VNNI is 60 times slower) none is measured or counted on."""
+    cost = count_forward(published("dit", "DiT-S/8", depth=1))
+    for kernel, pays in (("dequantise", False), ("onednn" if has_onednn() else "int_mm", True)):
+        monkeypatch.setattr("ditkit.eval.roof.int8_kernel", lambda device, kernel=kernel: Choice(kernel, 127, 1.0, {}))
+        assert ("int8" in measure_roof(cost, rounds=1, max_shapes=1).gemm) == pays
+    slow = Cost(macs=100, linear_macs=100, attention_macs=0, weight_bytes=0, activation_bytes=0, integers={(10, 10, 1): 1})
+    assert roof(gemm={"fp32": 100.0}).floor(slow) == roof(gemm={"fp32": 100.0}).by_shape(slow) == 2.0
 
 
 def test_the_machine_is_described() -> None:

@@ -13,7 +13,8 @@ from ditkit.core import registry
 from ditkit.core.errors import DitkitError
 from ditkit.core.view import compile_view, with_methods
 from ditkit.eval.counters import count, count_forward, count_run, parameters, published, weight_bytes
-from ditkit.methods import FORA
+from ditkit.methods import FORA, Int8
+from ditkit.nn.int8 import has_onednn
 
 SIZES = {f"DiT-{n}/{p}": (n, p) for n in ("S", "B", "L", "XL") for p in (2, 4, 8)}
 WIDTHS = {"S": (12, 384), "B": (12, 768), "L": (24, 1024), "XL": (28, 1152)}
@@ -98,6 +99,16 @@ def test_integer_products_are_counted_apart() -> None:
     cost = count(lambda: torch._int_mm(a, b))
     assert cost.macs == cost.integer_macs == 32 * 16 * 8
     assert (cost.integers, cost.linears) == ({(32, 16, 8): 1}, {})
+
+
+def test_int8_does_the_same_work_in_fewer_bytes() -> None:
+    base = DiT.tiny()
+    view = with_methods(base, Int8(kernel="onednn" if has_onednn() else "int_mm"))
+    a, b = count_forward(base, 2), count_forward(view, 2)
+    assert (a.macs, a.uncounted) == (b.macs, b.uncounted)
+    assert b.integer_macs == 2 * 4 * 12 * 24 * 32 * 32  # all projections of four blocks but the modulation
+    assert parameters(view) == parameters(base)
+    assert weight_bytes(view) < weight_bytes(base)
 
 
 def test_bytes() -> None:
