@@ -68,14 +68,3 @@ def test_resumes_bit_identical_after_kills(number: int, tmp_path: Path, uninterr
         saved = max(steps, default=0)
     assert processes.run(run_in_child, RECIPE, str(folder)) == 0
     assert comparable(folder) == expected
-
-
-def test_a_kill_within_every_part_of_a_save(tmp_path: Path, uninterrupted: tuple[dict, int, float]) -> None:
-    """Files of one save, in order: any prefix of them is a run that can go on."""
-    expected, events, _ = uninterrupted
-    folder = tmp_path / "run"
-    for kill_at in range(events // 3, events // 3 + 3):
-        processes.run(run_in_child, RECIPE, str(folder), kill_at)
-        loadable(folder)
-    assert processes.run(run_in_child, RECIPE, str(folder)) == 0
-    assert comparable(folder) == expected
