@@ -172,8 +172,12 @@ class Opened:
 def find_bundle(name: str | Path) -> Path:
     """The folder ``name``; or, for a name without a slash where there is no such folder, the bundle of that name that ditkit ships."""
     path = Path(name)
-    if path.exists() or len(path.parts) > 1:
+    if path.exists():
         return path
+    if len(path.parts) > 1:
+        raise DitkitError(
+            f"there is no folder {name}", hint=f"check the path; from the Hugging Face hub: hf download {name} --local-dir FOLDER"
+        )
     shipped = sorted(p.parent.name for p in SHIPPED.glob(f"*/{CONFIG}"))
     if str(name) in shipped:
         return SHIPPED / str(name)

@@ -37,6 +37,7 @@ from ditkit.output import Output, read_record, to_images
 from ditkit.request import MAX_SEED, Request, check_sampling, choose_guidance, expand_labels, find_solver, whole
 
 log = logging.getLogger("ditkit")
+REMAKE = ("bundle", "methods", "solver", "solver_options", "num_inference_steps", "guidance", "size")  # what a record must hold
 
 
 class Pipeline:
@@ -128,8 +129,7 @@ class Pipeline:
         """
         view = self.eager
         parts = tuple(MethodPart(name=m.name, label=m.label, config=m.config.to_dict()) for m in view.attached)
-        dtype = str(next(view.parameters()).dtype).removeprefix("torch.")
-        changed: dict[str, Any] = {"dtype": dtype, "methods": [p.to_dict() for p in parts]}
+        changed: dict[str, Any] = {"dtype": self._dtype(), "methods": [p.to_dict() for p in parts]}
         if self.codec.name != "identity":  # written beside the model, wherever it was read from
             changed["codec"] = {"name": self.codec.name}
         config = BundleConfig.parse({**self.config.to_dict(), **changed})
@@ -146,6 +146,7 @@ class Pipeline:
         guidance_scale: float | None = None,
         seed: int = 0,
         solver: str | None = None,
+        solver_options: Mapping[str, Any] | None = None,
         guidance: Guidance | str | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -161,6 +162,7 @@ class Pipeline:
             guidance_scale: s in u + s (c - u): 0 is unconditional, 1 conditional.
             seed: of the first picture; picture k has ``seed + k``.
             solver: a name of ``ditkit.diffusion.solvers.SOLVERS``.
+            solver_options: its own (eta, clip, ...), ``spacing`` or ``times``; the bundle's are for the bundle's solver.
             guidance: settings, or a preset: "none" (conditional), "all" channels, "first-three" (released DiT and SiT).
             height, width: of the pictures; by default those of the training data.
             batch_size: pictures at a time; by default at most 64.
@@ -172,12 +174,14 @@ class Pipeline:
         default = self.config.sampling
         steps = default.num_inference_steps if num_inference_steps is None else num_inference_steps
         whole("seed", seed, 0, MAX_SEED - len(labels))
+        options = (default.options if solver in (None, default.solver) else {}) if solver_options is None else solver_options
         pixels, latent = self._size(height, width)
         request = Request(
             labels=labels,
             seeds=[seed + k for k in range(len(labels))],
             num_inference_steps=whole("num_inference_steps", steps, 1, self._max_steps()),
             solver=find_solver(solver or default.solver),
+            options={key: value.tolist() if isinstance(value, Tensor) else value for key, value in options.items()},
             guidance=choose_guidance(self.guidance, guidance, guidance_scale),
             size=pixels,
             latent=latent,
@@ -196,6 +200,7 @@ class Pipeline:
             for batch in request.batches():
                 x, report = self._guarded(request, batch, bar)
                 parts.append(self._decode(x))
+                bar.update(len(parts) * steps - bar.n)  # an adaptive solver may need fewer
         x = torch.cat(parts)
         seconds = time.perf_counter() - start
         return Output(x, to_images(x), request.seeds, self._record(request), {"seconds": seconds, "batches": count, "methods": report})
@@ -203,17 +208,19 @@ class Pipeline:
     def remake(self, picture: str | Path | Mapping[str, Any]) -> Output:
         """Make one picture again from its record, or from the PNG that carries it."""
         record = read_record(picture) if isinstance(picture, str | Path) else dict(picture)
-        missing = {"class_label", "seed", "bundle", "methods", "solver", "num_inference_steps", "guidance", "size"} - set(record)
-        if missing:
+        if missing := {*REMAKE, "class_label", "seed"} - set(record):
             raise DitkitError(f"the record lacks {', '.join(sorted(missing))}", allowed="the record of one picture")
         for key, mine in (("bundle", self.source), ("methods", self._methods())):
             if record[key] != mine:
                 raise DitkitError(f"the picture was made with {key} {record[key]!r}", allowed=f"{mine!r}, which this pipeline has")
         height, width = record["size"]
+        if record.get("dtype") != self._dtype():
+            log.warning("the picture was made in %s; in %s it is not exactly the same", record.get("dtype"), self._dtype())
         return self(
             record["class_label"],
             seed=record["seed"],
             solver=record["solver"],
+            solver_options=record["solver_options"],
             num_inference_steps=record["num_inference_steps"],
             guidance=Guidance.parse(record["guidance"], "guidance"),
             height=height,
@@ -256,7 +263,7 @@ class Pipeline:
         """Latents of one batch, and the methods' reports."""
         if model is not self.eager:
             self._allow_graphs(request.num_inference_steps)
-        watch = Watch()
+        watch, before = Watch(), 0 if bar is None else bar.n
         device, seeds = self.device, request.seeds[batch]
         cond = {"y": torch.tensor(request.labels[batch], device=device)}
         null = model.null(cond["y"]) if request.guidance.scale != 1 else None  # type: ignore[operator]
@@ -266,13 +273,12 @@ class Pipeline:
         def denoise(x: Tensor, t: Any) -> Tensor:
             output = inner(x, t)
             watch.see(run.step, output)
-            if bar is not None and run.step >= bar.n % run.num_steps:
-                bar.update(run.step + 1 - bar.n % run.num_steps)
+            if bar is not None:
+                bar.update(before + run.step + 1 - bar.n)
             return output
 
         x = self.process.start(noise.normal(seeds, 0, "start", request.latent).to(device))
-        options = self.config.sampling.options if request.solver == self.config.sampling.solver else {}
-        x = SOLVERS[request.solver](denoise, x, self.process, run, noise.source(seeds, x), **options)
+        x = SOLVERS[request.solver](denoise, x, self.process, run, noise.source(seeds, x), **request.options)
         watch.end()
         return x, run.finish()
 
@@ -293,14 +299,18 @@ class Pipeline:
             "seeds": request.seeds,
             "num_inference_steps": request.num_inference_steps,
             "solver": request.solver,
+            "solver_options": request.options,
             "guidance": request.guidance.to_dict(),
             "size": list(request.size),
             "methods": self._methods(),
             "process": self.config.process.to_dict(),
-            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "dtype": self._dtype(),
             "device": self.device.type,
             "versions": {"ditkit": ditkit.__version__, "torch": torch.__version__},
         }
+
+    def _dtype(self) -> str:
+        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
 
     def _methods(self) -> list[dict[str, Any]]:
         return [{"name": m.name, "label": m.label, "config": m.config.to_dict()} for m in self.eager.attached]

@@ -34,6 +34,7 @@ class Request:
     seeds: list[int]
     num_inference_steps: int
     solver: str
+    options: dict[str, Any]  # of the solver
     guidance: Guidance
     size: tuple[int, int]  # of the pictures
     latent: tuple[int, int, int]  # (c, h, w) that the network sees

@@ -251,6 +251,8 @@ def test_shipped_bundles_are_found_by_name(pipe, tmp_path, monkeypatch):
     assert torch.equal(x_of(Pipeline.from_pretrained("digits", device="cpu")), x_of(pipe))
     with pytest.raises(DitkitError, match="'digit'.*did you mean 'digits'"):
         find_bundle("digit")
+    with pytest.raises(DitkitError, match="no folder facebook/DiT.*hf download"):
+        find_bundle("facebook/DiT")
     (tmp_path / "digits").mkdir()
     assert find_bundle("digits") == find_bundle("./digits")  # a folder of that name wins
 

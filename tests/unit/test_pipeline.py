@@ -104,7 +104,15 @@ def test_a_picture_does_not_depend_on_its_batch(pipe, solver):
 def test_a_file_remakes_exactly_its_picture(pipe, tmp_path):
     """A21: the seed in the metadata makes that picture alone."""
     view = pipe.with_methods(FORA(interval=2))
-    out = quiet(view, [0, 3], num_images=4, seed=11, solver="ddpm", guidance=Guidance(scale=1.5, channels=2, interval=(0.2, 0.9)))
+    out = quiet(
+        view,
+        [0, 3],
+        num_images=4,
+        seed=11,
+        solver="ddim",
+        solver_options={"eta": 0.5},
+        guidance=Guidance(scale=1.5, channels=2, interval=(0.2, 0.9)),
+    )
     paths = out.save_each(tmp_path / "each")
     record = read_record(paths[2])
     assert (record["class_label"], record["seed"]) == (3, 13)
@@ -185,6 +193,7 @@ def test_the_released_rule_is_a_named_preset(pipe):
         ([1], {"seed": 2**63}, "seed is"),
         ([1], {"solver": "dim"}, "no solver 'dim'.*did you mean 'ddim'"),
         ([1], {"solver": "euler"}, "euler"),
+        ([1], {"solver_options": {"etta": 1.0}}, "etta.*did you mean 'eta'"),
         ([1], {"batch_size": 0}, "batch_size is 0"),
         ([1], {"guidance_scale": float("nan")}, "scale"),
         ([1], {"height": 9}, "height is 9; allowed: multiples of 2; next: use 8 or 10"),
