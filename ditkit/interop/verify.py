@@ -69,7 +69,7 @@ def verify(
 
     Args:
         reference: another copy in any layout, which must hold the same numbers.
-        record: leave ``ditkit-verified.json`` beside the weights, where the place can be written.
+        record: leave ``ditkit-verified.json`` beside weights that we did not export ourselves, where the place can be written.
 
     Raises:
         WeightsError: naming the tensor that is missing, misshapen, not finite, or changed; or the figure that is too large.
@@ -87,7 +87,7 @@ def verify(
     for kind, error in errors.items():
         if not error <= TOLERANCE[kind]:
             raise WeightsError(f"{source}: {kind} differs from diffusers by {error:.2e}", allowed=f"at most {TOLERANCE[kind]:.0e}")
-    if record:
+    if record and "export" not in compared:
         _write_record(opened)
     return Verified(errors, len(weights), tuple(compared), _line(opened, errors, len(weights), compared, device))
 
@@ -175,7 +175,7 @@ def _with(opened: Opened, weights: Mapping[str, Tensor]) -> Opened:
 
 def _against_export(source: Path) -> list[str]:
     """Compare each tensor with the SHA-256 that our export left in the file's metadata."""
-    found = []
+    found: list[str] = []
     folder = source / "transformer" if (source / "transformer").is_dir() else source
     for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else [source]:
         if path.suffix != ".safetensors" or not path.is_file():
@@ -189,7 +189,7 @@ def _against_export(source: Path) -> list[str]:
             except json.JSONDecodeError:
                 raise WeightsError(f"{path} has damaged metadata", hint="export the file again") from None
             _same(path, want, {name: fingerprint(file.read(name)) for name in file.entries}, "when the file was written")
-            found.append("export")
+            found = ["export"]
     return found
 
 
