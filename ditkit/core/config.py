@@ -82,14 +82,20 @@ def _explain(cls: type[BaseModel], error: ValidationError, where: str) -> Config
 
 
 def _known_keys(cls: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
-    for part in path:
-        field = cls.model_fields.get(str(part))
-        inner = field.annotation if field else None
-        options = [a for a in (inner, *get_args(inner)) if isinstance(a, type) and issubclass(a, BaseModel)]
-        if not options:
-            return []
-        cls = options[0]
-    return list(cls.model_fields)
+    """Keys of the section at ``path``, whose parts are fields, keys of a mapping, places in a list, or tags of a union."""
+    models = [cls]
+    for part in map(str, path):
+        fields = [m.model_fields[part] for m in models if part in m.model_fields]
+        tagged = [m for m in models if any(part in get_args(f.annotation) for f in m.model_fields.values())]
+        models = [m for f in fields for m in _models_in(f.annotation)] if fields else tagged or models
+    return list(dict.fromkeys(key for m in models for key in m.model_fields))
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The configurations that an annotation holds: itself, or inside a union, a tuple or a mapping."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _models_in(inner)]
 
 
 class _Loader(yaml.SafeLoader):

@@ -119,14 +119,16 @@ def code_of(backbone: str, data: str) -> tuple[Path, ...]:
     return tuple(files)
 
 
-@lru_cache(maxsize=16)
 def code_hash(files: tuple[Path, ...]) -> str:
-    """SHA-256 of what the files do, their syntax trees without docstrings; as the files are when it is first asked for."""
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.relative_to(PACKAGE) if path.is_relative_to(PACKAGE) else path.name}\n".encode())
-        digest.update(meaning(path.read_text(encoding="utf-8")).encode())
-    return digest.hexdigest()
+    """SHA-256 of what the files do: their syntax trees without docstrings."""
+    return hashlib.sha256("\n".join(_file_hash(path) for path in files).encode()).hexdigest()
+
+
+@lru_cache(maxsize=1024)
+def _file_hash(path: Path) -> str:
+    """Of one file, as it is when it is first asked for: this process runs what it has imported."""
+    text = f"{path.relative_to(PACKAGE)}\n{meaning(path.read_text(encoding='utf-8'))}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def meaning(source: str) -> str:

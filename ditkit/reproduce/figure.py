@@ -9,7 +9,7 @@ from ditkit.core.files import atomic_file
 from ditkit.core.lazy import require
 
 from .protocol import Curves
-from .runner import Reproduction
+from .result import Reproduction
 from .verdicts import PairedResult, TrendResult
 
 INK, PALE, COLOURS = "#222222", "#9a9a9a", ("#1f6fb4", "#d1651b", "#2f8f4e", "#8a4fa3")

@@ -35,8 +35,10 @@ class Arm(Config):
 
     @model_validator(mode="after")
     def _whole(self) -> Arm:
-        if (self.measure == "samples") != bool(self.solver and self.num_inference_steps):
-            raise ValueError("samples need a solver and num_inference_steps, a loss takes none")
+        if self.measure == "samples" and not (self.solver and self.num_inference_steps):
+            raise ValueError("samples need a solver and num_inference_steps")
+        if self.measure == "loss" and (self.solver or self.num_inference_steps or self.guidance_scale != 1):
+            raise ValueError("a loss takes no solver, num_inference_steps or guidance_scale")
         return self
 
 

@@ -8,80 +8,25 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from ditkit.core.errors import ConfigError
+from ditkit.core.errors import ConfigError, DitkitError
 from ditkit.core.files import write_json
-from ditkit.eval.bench import commit, plain
+from ditkit.eval.bench import commit
 from ditkit.eval.counters import count_forward, parameters
-from ditkit.eval.roof import Machine, load_average, machine
+from ditkit.eval.roof import load_average, machine
 from ditkit.pipeline import Pipeline
 
 from .bases import Base, BaseStore
+from .figure import draw
 from .measures import Measured, Real, measure
 from .protocol import Name, Paired, Protocol, load_protocol
+from .result import Reproduction, Row
 from .statistics import detectable
 from .verdicts import ClaimResult, Values, judge_paired, judge_trend
 
 log = logging.getLogger("ditkit")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One arm and seed, with what it cost. ``macs``: multiply-adds of one evaluation of one sample."""
-
-    arm: str
-    label: str
-    base: str
-    base_hash: str
-    seed: int
-    measure: str
-    num_inference_steps: int
-    evaluations: int  # of the network, for one sample
-    macs: int
-    parameters: int
-    trained_seconds: float
-    metrics: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Reproduction:
-    """What an experiment found."""
-
-    name: str
-    part: Name
-    protocol: Protocol
-    protocol_sha256: str
-    date: str
-    machine: Machine
-    commit: str
-    command: str
-    load_before: float | None
-    load_after: float | None
-    seconds: dict[str, float]  # wall time of this run: training, measuring, judging, all
-    bases: dict[str, int]  # how many were trained by this run, and how many were there
-    real: dict[str, Any]
-    rows: tuple[Row, ...]
-    claims: tuple[ClaimResult, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, as written."""
-        values = plain({**asdict_shallow(self), "verdicts": {c.name: c.verdict for c in self.claims}})
-        return {**values, "protocol": self.protocol.to_dict()}
-
-
-def asdict_shallow(value: Reproduction) -> dict[str, Any]:
-    """``asdict`` but for the protocol, which is no dataclass."""
-    fields = {k: v for k, v in vars(value).items() if k != "protocol"}
-    fields["machine"], fields["rows"], fields["claims"] = (
-        asdict(value.machine),
-        [asdict(r) for r in value.rows],
-        [asdict(c) for c in value.claims],
-    )
-    return fields
 
 
 def reproduce(
@@ -106,6 +51,8 @@ def reproduce(
     """
     protocol, out = load_protocol(name, part), Path(out)
     check_power(protocol)
+    if out.exists() and not out.is_dir():
+        raise DitkitError(f"{out} is a file", hint="choose a folder for the results")
     stem = Path(name).stem + ("-full" if part == "full" else "")
     out.mkdir(parents=True, exist_ok=True)
     before, start = load_average(), time.perf_counter()
@@ -132,8 +79,6 @@ def reproduce(
         rows=rows,
         claims=claims,
     )
-    from .figure import draw
-
     write_json(out / f"{stem}.json", found.to_dict())
     return found, out / f"{stem}.json", draw(found, out / f"{stem}.png")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .runner import Reproduction
+from .result import Reproduction
 from .verdicts import ClaimResult, Effect, PairedResult, TrendResult
 
 UNITS = {"mse": "held-out mean squared error", "frechet": "Fréchet distance (pca64)", "accuracy": "class accuracy"}
