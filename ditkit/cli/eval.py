@@ -63,6 +63,7 @@ def main(argv: Sequence[str]) -> int:
         pipe = pipe.with_methods(*spec.build())
         pipe = pipe.compile(spec.grain) if spec.grain else pipe
     judge = Judge(args.data or pipe.config.data.name, args.extractors)
+    judge.check_number(args.num_samples)
     labels = judge.labels(args.num_samples)
     out = pipe(
         labels.tolist(),

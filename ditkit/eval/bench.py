@@ -79,7 +79,8 @@ class Row:
     flops: float | None
     parameters: int | None
     weight_bytes: int | None
-    peak_memory_bytes: int | None
+    activation_bytes: int | None  # counted: the most that lived at once of what the call made, caches included
+    peak_memory_bytes: int | None  # measured: of torch on a GPU, of the whole process on a CPU
     drift: Drift | None
     quality: Quality | None
     floor_seconds: float | None
@@ -270,6 +271,7 @@ def _row(c: Candidate, timing: Timing, compared: Drift, peak: int | None, roof: 
         flops=c.cost.flops / c.items if c.cost else None,
         parameters=c.parameters,
         weight_bytes=c.weight_bytes,
+        activation_bytes=c.cost.activation_bytes if c.cost else None,
         peak_memory_bytes=peak,
         drift=c.drift or compared,
         quality=c.quality,

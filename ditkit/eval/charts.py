@@ -22,7 +22,6 @@ class Series:
     marks: bool = False
     bars: Sequence[tuple[float, float]] = ()
     labels: Sequence[str] = ()
-    below: bool = False  # names stand below their points
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,9 @@ def chart(series: Sequence[Series], x: Axis, y: Axis, title: str, levels: Sequen
     xs = [p[0] for s in series for p in s.points]
     ys = [p[1] for s in series for p in s.points] + [v for s in series for bar in s.bars for v in bar] + [v for v, _ in levels]
     sx, sy = _Scale(xs, x, LEFT, WIDTH - RIGHT), _Scale(ys, y, HEIGHT - BOTTOM, TOP)
+    names = [((sx(a), sy(b)), text) for s in series for (a, b), text in zip(s.points, s.labels)]
     parts = [*_axes(sx, sy, x, y), *(_level(sy(v), name) for v, name in levels), *(u for s in series for u in _series(s, sx, sy))]
+    parts += _names(names)
     body = "".join(parts)
     return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{body}</svg>'
 
@@ -112,9 +113,23 @@ def _series(s: Series, sx: _Scale, sy: _Scale) -> list[str]:
         out.append(f'<line class="bar {s.style}" x1="{a:.1f}" x2="{a:.1f}" y1="{sy(low):.1f}" y2="{sy(high):.1f}"/>')
     if s.marks or not s.line:
         out += [f'<circle class="dot {s.style}" cx="{a:.1f}" cy="{b:.1f}" r="5"/>' for a, b in places]
-    for (a, b), label in zip(places, s.labels):
-        side = ("end", a - 9) if a > WIDTH * 0.7 else ("start", a + 9)
-        out.append(_text(side[1], b + 17 if s.below else b - 8, label, side[0], "name"))
+    return out
+
+
+def _names(names: Sequence[tuple[tuple[float, float], str]]) -> list[str]:
+    """The names of points, each beside its own where no other name stands; one that finds no place above or below is left lower."""
+    taken: list[tuple[float, float, float]] = []  # left, right, baseline
+    out = []
+    for (x, y), text in sorted(names):
+        length = 7.0 * len(text)
+        anchor, edge = ("end", x - 9) if x + length > WIDTH - RIGHT else ("start", x + 9)
+        left = edge - length if anchor == "end" else edge
+        places = [y - 8 + shift for shift in (0, 25, -15, 40, -30, 55, -45, 70, -60)]
+        inside = [v for v in places if TOP <= v <= HEIGHT - BOTTOM - 4] or places
+        free = [v for v in inside if all(left > r or left + length < lo or abs(v - u) > 14 for lo, r, u in taken)]
+        baseline = (free or inside)[0 if free else -1]
+        taken.append((left, left + length, baseline))
+        out.append(_text(edge, baseline, text, anchor, "name"))
     return out
 
 

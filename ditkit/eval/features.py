@@ -82,9 +82,9 @@ class Classifier(nn.Module):
         super().__init__()
         self.name = "classifier"
         self.body = nn.Sequential(
-            nn.Conv2d(channels, 32, 3, padding=1),
+            nn.Conv2d(channels, 16, 3, padding=1),
             nn.GELU(),
-            nn.Conv2d(32, 64, 3, padding=1, stride=2),
+            nn.Conv2d(16, 64, 3, padding=1, stride=2),
             nn.GELU(),
             nn.AdaptiveAvgPool2d(4),
             nn.Flatten(),

@@ -117,6 +117,8 @@ class _Work:
 
     def __init__(self, setting: Setting, judge: Judge | None, progress: bool) -> None:
         self.setting, self.judge, self.progress = setting, judge, progress
+        if judge is not None:
+            judge.check_number(setting.num_samples)
         self.order: list[Variant] = []
         self.candidates: dict[str, Candidate] = {}
         self.samples: dict[str, Samples] = {}
@@ -157,7 +159,8 @@ class _Work:
         lossy = [v for v in todo if v.methods and self._is_lossy(v)]
         if not lossy:
             return
-        times = interleave({v.name: self.candidates[v.name].call for v in self.order}, repeats=3, warmups=1, progress=self.progress)
+        calls = {v.name: self.candidates[v.name].call for v in self.order}
+        times = interleave(calls, repeats=3, warmups=1, device=str(todo[0].pipe.device), progress=self.progress)
         for v in lossy:
             base = next((u for u in todo if not u.methods and u.grain == v.grain), todo[0])
             steps = max(1, round(self.steps(base) * times[v.name].median / times[base.name].median))

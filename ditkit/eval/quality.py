@@ -85,6 +85,14 @@ class Judge:
         """(num,) labels mixed as in the test split, so that samples are compared with what they should resemble."""
         return self.test_y[torch.arange(num) % len(self.test_y)]
 
+    def check_number(self, num: int) -> None:
+        """Raise DitkitError where so few samples cannot be judged; ask before making them."""
+        dim = max((e.dim for e in self.extractors), default=1)
+        if num <= dim:
+            raise DitkitError(
+                f"num_samples is {num}", allowed=f"{dim + 1} or more: the features are {dim} numbers", hint="360 is the default"
+            )
+
     def __call__(self, x: Tensor, labels: Tensor | None = None, full: bool = True) -> Quality:
         """Figures of samples x (N, C, H, W) in [-1, 1].
 
@@ -97,6 +105,7 @@ class Judge:
         """
         if tuple(x.shape[1:]) != tuple(self.train.shape):
             raise DitkitError(f"samples of shape {tuple(x.shape[1:])}", allowed=f"{tuple(self.train.shape)}, as {self.train.name}")
+        self.check_number(len(x))
         scores = [s for e in self.extractors for s in self._distances(e, x.detach().cpu().float(), full)]
         return Quality((*scores, *([self._agreement(x, labels)] if labels is not None else [])))
 

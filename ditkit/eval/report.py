@@ -19,7 +19,7 @@ from ditkit.core.files import atomic_file
 
 from .bench import BenchResult, Row
 from .charts import Axis, Series, chart, legend
-from .table import decibels, giga, megabytes, score, seconds, three
+from .table import decibels, giga, megabytes, seconds, three
 
 STYLE = Path(__file__).with_name("report.css")
 SHOWN = 10  # classes side by side
@@ -239,9 +239,12 @@ def verdict(row: Row, rows: Sequence[Row]) -> str:
         outcome = f"no difference that {a.num_samples} samples can show"
     else:
         outcome = "better than fewer steps" if a.value < b.value else "worse than fewer steps"
+    closeness = ""
+    if row.drift and rival.drift:
+        closeness = f"; PSNR to the base {decibels(row.drift.psnr)} against {decibels(rival.drift.psnr)} dB"
     return (
         f"{row.name} ({seconds(row.seconds.median)}) against {rival.name} ({seconds(rival.seconds.median)}): "
-        f"Fréchet {a.value:.2f} against {b.value:.2f}, {outcome}."
+        f"Fréchet {a.value:.2f} against {b.value:.2f}, {outcome}{closeness}."
     )
 
 
@@ -267,12 +270,12 @@ def _points(name: str, rows: Sequence[Row], style: str) -> Series:
     base = name != "accelerated"
     labels = [f"{r.num_inference_steps} steps" if base else r.name for r in rows]
     points = [(r.seconds.median * 1e3, s.value) for r, s in zip(rows, scores)]
-    return Series(name, points, style, line=base, marks=True, bars=bars, labels=labels, below=not base)
+    return Series(name, points, style, line=base, marks=True, bars=bars, labels=labels)
 
 
 def _costs(story: Story) -> str:
     rows = story.result.rows
-    heads = ["", "steps", "time", "speed-up", "× floor", "GMACs", "weights", "peak memory", "PSNR", "Fréchet", "label read"]
+    heads = ["", "steps", "time", "speed-up", "× floor", "GMACs", "memory", "PSNR", "Fréchet", "label read"]
     head = "".join(f"<th>{escape(h)}</th>" for h in heads)
     body = "".join(_cost_row(r) for r in rows)
     notes = "".join(f"<li>{escape(f'{r.name}: {n}')}</li>" for r in rows for n in r.notes)
@@ -295,8 +298,7 @@ def _cost_row(r: Row) -> str:
         f"{r.speedup:.2f}x",
         f"{r.ratio_to_floor:.2f}" if r.ratio_to_floor else "",
         f"{giga(r.macs)}<small>{giga(r.flops)} GFLOPs</small>" if r.macs and r.flops else "",
-        f"{megabytes(r.weight_bytes)} MB" if r.weight_bytes else "",
-        f"{megabytes(r.peak_memory_bytes)} MB" if r.peak_memory_bytes else "",
+        _memory(r),
         f"{decibels(r.drift.psnr)}<small>{r.drift.relative_l2:.1e} rel.</small>" if r.drift and r.drift.relative_l2 else "same",
         _with_interval(r, "frechet", 2, 1, ""),
         _with_interval(r, "label agreement", 1, 100, " %"),
@@ -304,9 +306,18 @@ def _cost_row(r: Row) -> str:
     return f"<tr{' class=rival' if rival else ''}><td>{escape(r.name)}{rival}</td>{''.join(f'<td>{c}</td>' for c in cells)}</tr>"
 
 
+def _memory(r: Row) -> str:
+    parts = ((r.weight_bytes, "weights"), (r.activation_bytes, "activations"), (r.peak_memory_bytes, "process"))
+    first, *rest = [f"{megabytes(size)} MB {name}" for size, name in parts if size] or [""]
+    return first + "".join(f"<small>{text}</small>" for text in rest)
+
+
 def _with_interval(r: Row, metric: str, digits: int, scale: float, unit: str) -> str:
-    text, _, interval = score(r, metric, digits, scale).partition(" ")
-    return f"{text}{unit}<small>{interval.strip('[]')}</small>" if text else ""
+    if r.quality is None or metric not in r.quality:
+        return ""
+    s = r.quality[metric]
+    bounds = "" if s.low is None or s.high is None else f"<small>{s.low * scale:.{digits}f} to {s.high * scale:.{digits}f}</small>"
+    return f"{s.value * scale:.{digits}f}{unit}{bounds}"
 
 
 def _how(result: BenchResult) -> str:

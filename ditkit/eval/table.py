@@ -77,7 +77,7 @@ def score(row: Row, metric: str, digits: int = 2, scale: float = 1.0) -> str:
         return ""
     s = row.quality[metric]
     text = f"{s.value * scale:.{digits}f}"
-    return text if s.low is None or s.high is None else f"{text} [{s.low * scale:.{digits}f}-{s.high * scale:.{digits}f}]"
+    return text if s.low is None or s.high is None else f"{text} +-{(s.high - s.low) / 2 * scale:.{digits}f}"
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
@@ -91,6 +91,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "GFLOPs": lambda r: giga(r.flops) if r.flops else "",
     "/floor": lambda r: f"{r.ratio_to_floor:.2f}" if r.ratio_to_floor else "",
     "weights MB": lambda r: megabytes(r.weight_bytes) if r.weight_bytes else "",
+    "activ. MB": lambda r: megabytes(r.activation_bytes) if r.activation_bytes else "",
     "peak MB": lambda r: megabytes(r.peak_memory_bytes) if r.peak_memory_bytes else "",
     "PSNR dB": lambda r: decibels(r.drift.psnr) if r.drift else "",
     "rel. error": lambda r: f"{r.drift.relative_l2:.1e}" if r.drift and r.drift.relative_l2 else "",

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ditkit.backbones.dit import DiT, DiTConfig, draw_parameters
 from ditkit.bundle import BundleConfig, DataCard, Part, Sampling
+from ditkit.cli import bench as bench_verb
+from ditkit.cli import eval as eval_verb
 from ditkit.core.errors import DitkitError
 from ditkit.core.method import Method
 from ditkit.eval import bench as bench_module
@@ -290,6 +292,35 @@ def test_a_compiled_accelerator_brings_the_compiled_base() -> None:
     assert names == ["base", "compile:grain=block", "fora:interval=2+compile:grain=block"]
     with pytest.raises(DitkitError, match="once"):
         variants({"base": pipeline(2)}, [parse_spec("fora"), parse_spec("fora")])
+
+
+@pytest.mark.usefixtures("known_roof")
+def test_the_verb_prints_a_table_and_writes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline(3).save_pretrained(tmp_path / "model")
+    options = ["--num-images", "2", "--num-samples", "0", "--repeats", "1", "--warmups", "0", "--no-progress", "--out", str(tmp_path)]
+    assert bench_verb.main([str(tmp_path / "model"), "--methods", "fora:interval=2", *options]) == 0
+    text = capsys.readouterr().out
+    assert "fora:interval=2" in text
+    assert "MACs" in text
+    (file,) = tmp_path.glob("bench_*.json")
+    values = json.loads(file.read_text())
+    assert values["command"].startswith("ditkit bench")
+    assert [r["quality"] for r in values["rows"]] == [None] * len(values["rows"])
+    with pytest.raises(DitkitError, match="no bundle"):
+        bench_verb.main([])
+
+
+def test_the_eval_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline(3).save_pretrained(tmp_path / "model")
+    common = [str(tmp_path / "model"), "--extractors", "pca64", "--no-progress"]
+    assert eval_verb.main([*common, "--num-samples", "70", "--methods", "fora:interval=2", "--out", str(tmp_path / "eval.json")]) == 0
+    text = capsys.readouterr().out
+    assert "70 samples (euler, 3 steps, guidance 2 (all), fora) against digits/train, 1437 samples" in text
+    values = json.loads((tmp_path / "eval.json").read_text())
+    assert values["protocol"]["num_inference_steps"] == 3
+    assert {s["metric"] for s in values["scores"]} == {"frechet", "kid", "precision", "recall", "label agreement"}
+    with pytest.raises(DitkitError, match="65 or more"):
+        eval_verb.main([*common, "--num-samples", "64"])
 
 
 # ---- files and text

@@ -16,17 +16,18 @@ import torch
 from PIL import Image
 
 from ditkit.data import load
-from ditkit.demo import available, history
+from ditkit.demo import available, demo, history
 from ditkit.eval import features
 from ditkit.eval.bench import BenchResult, Row, Timing
 from ditkit.eval.charts import Axis, Series, chart, nice_ticks
 from ditkit.eval.drift import Drift
 from ditkit.eval.features import LabelReader, PixelPCA, everything, extractor, fit_classifier
+from ditkit.eval.pipelines import Setting
 from ditkit.eval.quality import Judge, Quality, Score
 from ditkit.eval.report import History, Story, fastest, page, picture_uri, thin, verdict, write_report
 from ditkit.eval.roof import machine
 from ditkit.eval.table import quality_table
-from ditkit.train.recipe import load_recipe
+from ditkit.train.recipe import Recipe, load_recipe
 
 
 def score(value: float, spread: float = 0.1, metric: str = "frechet") -> Score:
@@ -46,6 +47,7 @@ def row(name: str, ms: float, frechet: float, **changes: Any) -> Row:
         flops=2e9,
         parameters=1_600_000,
         weight_bytes=6_400_000,
+        activation_bytes=2_300_000,
         peak_memory_bytes=None,
         drift=Drift(30.0, 25.0, 0.05, 0.3, 40),
         quality=Quality((score(frechet), score(0.95, 0.02, "label agreement"))),
@@ -320,7 +322,7 @@ def test_a_judge_refuses_what_it_cannot_judge() -> None:
     judge = Judge("digits", extractors=("pca64",), resamples=10)
     with pytest.raises(ValueError, match=r"\(1, 8, 8\)"):
         judge(torch.zeros(100, 3, 8, 8))
-    with pytest.raises(ValueError, match="more samples than features"):
+    with pytest.raises(ValueError, match="65 or more"):
         judge(torch.rand(60, 1, 8, 8))
     with pytest.raises(ValueError, match="labels of shape"):
         judge(judge.test_x, judge.test_y[:5])
@@ -349,3 +351,27 @@ def test_the_history_is_read_from_the_log(tmp_path: Path) -> None:
     assert found.validation == [(20, 1.1, 1.2)]
     assert found.grids == [(20, b"png")]
     assert found.seconds == pytest.approx(10 * 128 / 128 + 10 * 128 / 640)
+
+
+def test_the_demo_from_recipe_to_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trains three steps, samples, accelerates, reports; a second demo takes the trained model as it is."""
+    monkeypatch.setenv("DITKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(features, "STEPS", 2)
+    values = load_recipe("digits").to_dict()
+    values["backbone"]["config"] = {"dim": 16, "depth": 1, "num_heads": 2, "patch_size": 4}
+    values["trainer"] |= {"steps": 3, "batch_size": 8, "sample_every": 3, "validate_every": 3, "log_every": 1, "warmup_steps": 1}
+    values["sampling"] |= {"num_inference_steps": 3}
+    recipe = Recipe.parse(values)
+    setting = Setting(num_images=35, num_samples=70, repeats=1, warmups=0)
+    done = demo(recipe, tmp_path / "out", name="tiny", setting=setting, accelerations=("fora:interval=2", "nothing"), progress=False)
+    text = Page(done.report.read_text(encoding="utf-8")).text
+    assert "fora:interval=2" in text
+    assert "3 steps" in text
+    assert done.result.rows[0].name == "base"
+    assert (done.bundle / "manifest.json").is_file()
+    assert done.results.parent == tmp_path / "out"
+    weights = (done.bundle / "model.safetensors").read_bytes()
+    monkeypatch.setattr("ditkit.demo.compare_pipelines", lambda *_, **__: pytest.fail("as far as it should go"))
+    with pytest.raises(pytest.fail.Exception):
+        demo(recipe, tmp_path / "out", name="tiny", setting=setting, progress=False)
+    assert (done.bundle / "model.safetensors").read_bytes() == weights
