@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from ditkit.core.config import Config, read_data
-from ditkit.core.errors import ConfigError, DitkitError, nearest
+from ditkit.core.errors import ConfigError, DitkitError, WeightsError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +43,7 @@ class DataCard(Config):
     """What the model was trained on."""
 
     name: str = Field(description="name or path of the data set")
-    shape: tuple[int, ...] = Field(description="shape of one sample, channels first")
+    shape: tuple[int, ...] = Field(min_length=1, description="shape of one sample, channels first")
     labels: tuple[str, ...] = Field((), description="class names in the order of their numbers")
 
 
@@ -197,10 +197,20 @@ def open_bundle(folder: str | Path) -> Opened:
     from ditkit.core.files import TensorFile, folder_hash, verify_manifest
 
     folder = Path(folder)
-    verify_manifest(folder)
+    _check_listed(folder, verify_manifest(folder))
     config = BundleConfig.load(folder / CONFIG)
     codec = folder / CODEC
     return Opened(folder, config, TensorFile(folder / MODEL), folder_hash(folder), codec if codec.is_dir() else None)
+
+
+def _check_listed(folder: Path, listed: Mapping[str, Any]) -> None:
+    """Raise WeightsError for a file that is read and that the manifest does not know: nobody could say whether it was altered."""
+    states = sorted(p.name for kind in ("json", "safetensors") for p in (folder / METHODS).glob(f"[!.]*.{kind}"))
+    read = [CONFIG, MODEL, *(f"{METHODS}/{name}" for name in states)]
+    if unlisted := [name for name in read if name not in listed]:
+        raise WeightsError(
+            f"{folder / unlisted[0]} is not in manifest.json", allowed="the files of a saved bundle", hint="save or copy the folder again"
+        )
 
 
 def read_card(folder: Path, part: MethodPart) -> Validity | None:

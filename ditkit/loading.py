@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from ditkit.bundle import METHODS, MethodCard, Opened, Part, Validity, read_card
 from ditkit.core import registry
 from ditkit.core.backbone import Backbone
-from ditkit.core.errors import Conflict, DitkitError, WeightsError
+from ditkit.core.errors import ConfigError, Conflict, DitkitError, WeightsError
 from ditkit.core.files import Source, TensorFile, check_kind, check_shapes
 from ditkit.core.method import Method, check_conflicts, order
 from ditkit.core.view import projections, with_methods
@@ -94,6 +94,8 @@ def read_state(method: Method, label: str, file: TensorFile | None, where: str) 
     found = {} if file is None else {name: shape for name, shape in file.shapes.items() if not name.startswith(REPLACED)}
     check_shapes(where, {name: tuple(value.shape) for name, value in state.items()}, found)
     if file is not None and state:
+        for name, value in state.items():
+            check_kind(where, name, file.entries[name].dtype, value.dtype)
         method.load_state_dict({name: file.read(name) for name in found})
 
 
@@ -106,8 +108,11 @@ def backbone_config(part: Part, where: str = "") -> tuple[type[Backbone], Config
 def empty_model(part: Part, where: str = "") -> Backbone:
     """The backbone on the meta device: shapes without memory."""
     cls, config = backbone_config(part, where)
-    with torch.device("meta"), _NoInitialisation():
-        return cls(config)  # type: ignore[call-arg]
+    try:
+        with torch.device("meta"), _NoInitialisation():
+            return cls(config)  # type: ignore[call-arg]
+    except (RuntimeError, TypeError, OverflowError) as error:  # sizes whose product, or which themselves, are no 64-bit number
+        raise ConfigError(f"{where}: a {part.name} of this size cannot be built: {str(error).splitlines()[0][:120]}".lstrip(": ")) from None
 
 
 class _NoInitialisation(TorchFunctionMode):

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from .errors import ConfigError, nearest
 
 MAX_FILE_BYTES = 1_000_000
+MAX_VALUES = 100_000
 
 
 class Config(BaseModel):
@@ -135,16 +136,31 @@ def read_data(path: str | Path) -> Any:
         raise ConfigError(f"{path} has {path.stat().st_size} bytes", allowed=f"at most {MAX_FILE_BYTES}")
     try:
         text = path.read_text(encoding="utf-8")
-        return json.loads(text, object_pairs_hook=_unique) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
+        data = json.loads(text, object_pairs_hook=_unique) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
+        return _bounded(data, str(path))
     except ConfigError:
         raise
     except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, a number or date that cannot be
         raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}", hint="correct the file") from None
 
 
+def _bounded(data: Any, where: str) -> Any:
+    """``data``, unless it holds too many values: aliases of aliases in YAML make a short text endless."""
+    todo, seen = [data], 0
+    while todo:
+        value = todo.pop()
+        seen += 1
+        if seen > MAX_VALUES:
+            raise ConfigError(f"{where} holds more than {MAX_VALUES} values", hint="aliases (*name) of aliases multiply: write them out")
+        todo.extend(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
+    return data
+
+
 def parse_yaml(text: str, where: str) -> Any:
     """The plain data in a piece of YAML, such as a value on the command line; ``where`` is named in errors."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        return _bounded(yaml.load(text, Loader=_Loader), where)
+    except ConfigError:
+        raise
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{where} is {text!r}: {str(error).splitlines()[0]}", hint="quote it, or correct it") from None

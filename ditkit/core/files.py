@@ -413,7 +413,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def _plain_name(name: str) -> bool:
     """A relative name inside the folder."""
     parts = PurePosixPath(name).parts
-    return bool(parts) and not PurePosixPath(name).is_absolute() and ".." not in parts and "\\" not in name and "\0" not in name
+    known = bool(parts) and len(name.encode()) < 1024 and all(len(part.encode()) < 256 for part in parts)  # longer: no file system has it
+    return known and not PurePosixPath(name).is_absolute() and ".." not in parts and "\\" not in name and "\0" not in name
 
 
 def _replace_files(new: Path, old: Path) -> None:

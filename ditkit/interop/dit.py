@@ -14,7 +14,7 @@ from pydantic import Field
 from ditkit.core.config import Config
 from ditkit.core.errors import DitkitError, WeightsError
 
-from .hints import Hints
+from .hints import Hints, without_notes
 from .tables import COPIES, JOIN, Convolution, Derived, Row, Table
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def config_from_diffusers(values: Mapping[str, Any], where: str = "config.json",
     """
     from ditkit.backbones.dit import DiTConfig
 
-    cfg = DiffusersDiT.parse({k: v for k, v in values.items() if not k.startswith("_")}, where)
+    cfg = DiffusersDiT.parse(without_notes(values, "_ditkit"), where)
     ours = Ours(time_freq_shift=0, mlp_norm_eps=1e-6) if as_released else Ours(mlp_norm_eps=cfg.norm_eps)
     if "_ditkit" in values and not as_released:
         ours = Ours.parse(values["_ditkit"], f"{where}: _ditkit")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -22,3 +23,11 @@ class Hints(Config):
         "weights were converted from released ones",
     )
     input_size: tuple[int, int] | None = Field(None, description="height and width in latent pixels; square where not given")
+
+
+NOTES = ("_class_name", "_diffusers_version", "_name_or_path")  # what diffusers writes about a file, not about the model
+
+
+def without_notes(values: Mapping[str, Any], *more: str) -> dict[str, Any]:
+    """A diffusers configuration without diffusers' own notes, nor ``more``; any other key stays, and is refused where it is unknown."""
+    return {k: v for k, v in values.items() if k not in NOTES and k not in more}

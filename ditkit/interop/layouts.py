@@ -18,6 +18,7 @@ from ditkit.loading import shapes_of
 
 from . import dit
 from .checkpoints import read_checkpoint
+from .hints import without_notes
 from .schedulers import read_scheduler
 from .tables import Renamed
 
@@ -26,6 +27,7 @@ CLASSES: dict[str, tuple[str, ModuleType]] = {  # diffusers class -> backbone, i
     "Transformer2DModel": ("dit", dit),
 }
 PIPELINES = ("DiTPipeline",)
+_INDEX_KEYS = ("transformer", "vae", "scheduler", "id2label")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLED_WEIGHTS = "diffusion_pytorch_model.bin"
 
@@ -141,6 +143,8 @@ def _read_index(path: Path) -> tuple[str, ...]:
     values = _json(path)
     if values.get("_class_name") not in PIPELINES:
         raise ConfigError(f"{path}: _class_name is {values.get('_class_name')!r}", allowed=", ".join(PIPELINES))
+    if unknown := [key for key in without_notes(values) if key not in _INDEX_KEYS]:
+        raise ConfigError(f"{path}: unknown key {unknown[0]!r}", allowed=", ".join(_INDEX_KEYS), hint=nearest(unknown[0], _INDEX_KEYS))
     labels = values.get("id2label") or {}
     if not isinstance(labels, dict) or set(labels) != {str(i) for i in range(len(labels))}:
         raise ConfigError(f"{path}: id2label", allowed="a name for each label from 0")

@@ -11,6 +11,8 @@ from ditkit.bundle import BundleConfig, Part, Sampling
 from ditkit.core.config import Config, read_data
 from ditkit.core.errors import ConfigError, nearest
 
+from .hints import without_notes
+
 
 class _Betas(Config):
     """What all of diffusers' Gaussian schedulers share. Fields of one allowed value are those that ours compute in no other way."""
@@ -59,7 +61,7 @@ def read_scheduler(path: Path, learned: bool) -> tuple[Part, Sampling]:
     if name not in SCHEDULERS:
         raise ConfigError(f"{path}: _class_name is {name!r}", allowed=", ".join(SCHEDULERS), hint=nearest(str(name), SCHEDULERS) or "")
     solver, schema = SCHEDULERS[name]
-    cfg: Any = schema.parse({k: v for k, v in values.items() if not k.startswith("_")}, str(path))
+    cfg: Any = schema.parse(without_notes(values), str(path))
     process = gaussian(
         learned,
         num_train_steps=cfg.num_train_timesteps,

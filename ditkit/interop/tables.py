@@ -179,6 +179,8 @@ class Renamed:
         values = [self._read(link.theirs[0])]
         for other in link.theirs[1:]:
             value = self._read(other)
+            if value.is_floating_point() != values[0].is_floating_point():  # joining them would make numbers of both
+                raise WeightsError(f"{self.where}: {other!r} is {value.dtype}", allowed=f"{values[0].dtype}, as {link.theirs[0]!r} is")
             if isinstance(link.rule, Copies):
                 self._check_copy(link.theirs[0], values[0], other, value)
             else:

@@ -38,12 +38,12 @@ class LoRAConfig(Config):
     A projection is named ``blocks.3.img.qkv``: block, stream, layer. A shorter name means all that end in it: ``img.qkv``, ``qkv``.
     """
 
-    rank: int = Field(8, ge=1, description="r, the rank of the addition")
+    rank: int = Field(8, ge=1, le=4096, description="r, the rank of the addition")
     alpha: float | None = Field(
         None, gt=0, description="the addition is scaled by alpha / rank; None: alpha is each target's rank, scale 1"
     )
     include: str | tuple[str, ...] = Field("", description="a regular expression searched for in projection names, or a list of names")
-    ranks: dict[str, Annotated[int, Field(ge=1)]] = Field(
+    ranks: dict[str, Annotated[int, Field(ge=1, le=4096)]] = Field(
         {}, description="name -> rank, where it differs from rank; the longest name that fits counts"
     )
     alphas: dict[str, Annotated[float, Field(gt=0)]] = Field({}, description="name -> alpha, where it differs from alpha")
