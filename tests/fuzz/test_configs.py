@@ -47,8 +47,8 @@ def at(data, path):
 
 
 def unknown_key(data, rng, schema):
-    """In an object that is a section, not a table of free names."""
-    path = rng.choice([p for p, v in nodes(data) if isinstance(v, dict) and p not in schema["tables"]])
+    """In any object."""
+    path = rng.choice([p for p, v in nodes(data) if isinstance(v, dict)])
     at(data, path)[rng.choice(["k", "_k", "Name", "seed ", "model", "__class__", "0", "ä"]) + str(rng.randrange(99))] = rng.choice(
         [1, "x", None, {}]
     )
@@ -56,7 +56,7 @@ def unknown_key(data, rng, schema):
 
 
 def misspelled_key(data, rng, schema):
-    path = rng.choice([p for p, v in nodes(data) if isinstance(v, dict) and v and p not in schema["tables"]])
+    path = rng.choice([p for p, v in nodes(data) if isinstance(v, dict) and v])
     section = at(data, path)
     key = rng.choice([k for k in sorted(section) if k not in schema["notes"]])
     place = rng.randrange(len(key))
@@ -144,7 +144,6 @@ def under(path, **values):
 
 BUNDLE = {
     "notes": (),
-    "tables": [],
     "free": [("data", "labels"), ("data", "name")],
     "needed": [("backbone",), ("process",), ("data",), ("data", "shape"), ("backbone", "name"), ("methods", 0, "label")],
     "ranges": [
@@ -175,7 +174,6 @@ def test_bundles(tmp_path):
 
 CARD = {
     "notes": (),
-    "tables": [],
     "free": [],
     "needed": [("method",), ("valid_for",), ("valid_for", "backbone"), ("valid_for", "process"), ("method", "label")],
     "ranges": [
@@ -196,7 +194,6 @@ def test_cards_of_methods(tmp_path):
 NOTES = ("_class_name", "_diffusers_version")
 TRANSFORMER = {
     "notes": NOTES,
-    "tables": [],
     "free": [],
     "needed": [("_class_name",)],
     "ranges": under(
@@ -220,7 +217,6 @@ TRANSFORMER = {
 }
 SCHEDULER = {
     "notes": NOTES,
-    "tables": [],
     "free": [],
     "needed": [("_class_name",)],
     "ranges": under(
@@ -241,7 +237,6 @@ SCHEDULER = {
 }
 INDEX = {
     "notes": ("_class_name", "_diffusers_version", "transformer", "scheduler"),
-    "tables": [],
     "free": [],
     "needed": [("_class_name",), ("id2label", "0"), ("id2label", "1")],
     "ranges": under((), _class_name=["", "StableDiffusionPipeline", None], id2label=[[], ["a"], {"1": "a"}, {"0": "a", "00": "b"}, "x", 7]),
@@ -268,7 +263,6 @@ def test_the_index_of_a_diffusers_pipeline(tmp_path):
 
 RECIPE = {
     "notes": (),
-    "tables": [],
     "free": [("claim",), ("data", "name")],
     "needed": [("backbone",), ("backbone", "name"), ("objective", "name"), ("methods", 0, "name")],
     "ranges": [
