@@ -23,7 +23,20 @@ def gelu_tanh(x: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W' + b, as two operations."""
     product = torch.matmul(x, weight.t())
-    return product if bias is None else product + bias
+    return product if bias is None else _AddBias.apply(product, bias)
+
+
+class _AddBias(torch.autograd.Function):
+    """product (..., O) + bias (O,). The bias's gradient, a sum over rows, is a product with ones: Inductor would sum column by column."""
+
+    @staticmethod
+    def forward(ctx: Any, product: Tensor, bias: Tensor) -> Tensor:
+        return product + bias
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        rows = grad.flatten(0, -2)
+        return grad, (rows.new_ones(1, len(rows)) @ rows)[0]
 
 
 class CpuRewrite(CustomGraphPass):
