@@ -44,6 +44,10 @@ class DiTConfig(Config):
     time_freq_shift: Literal[0, 1] = Field(
         0, description="time frequencies 10000^(-i / (128 - shift)): 0 as released, 1 in diffusers' port"
     )
+    embedding_init: Literal["released", "unit"] = Field(
+        "released",
+        description="time and labels start at N(0, 0.02), or labels at N(0, 1) and time by Xavier: small widths then learn labels at once",
+    )
     mlp_norm_eps: float = Field(1e-6, gt=0, description="of the norm before the MLP: 1e-6 as released, 1e-5 in diffusers' port")
 
     @model_validator(mode="after")
@@ -89,8 +93,10 @@ class DiT(Backbone):
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
                 nn.init.zeros_(m.bias)
-        for w in (self.label.weight, self.time.fc1.weight, self.time.fc2.weight):
-            nn.init.normal_(w, std=0.02)
+        released = self.config.embedding_init == "released"
+        nn.init.normal_(self.label.weight, std=0.02 if released else 1.0)
+        for layer in (self.time.fc1, self.time.fc2) if released else ():
+            nn.init.normal_(layer.weight, std=0.02)
         zero = [self.final.ada, self.final.proj, *(m for name, m in self.blocks.named_modules() if name.endswith(".ada"))]
         for layer in zero:
             nn.init.zeros_(layer.weight)
