@@ -25,19 +25,22 @@ import torch
 from torch import Tensor
 
 import ditkit
-from ditkit.core.config import read_data
 from ditkit.core.errors import ConfigError, WeightsError
 from ditkit.core.files import TensorFile, atomic_file, atomic_folder, remove_temporary, verify_manifest, write_json, write_tensors
 
 from .distributed import World
-from .recipe import Recipe, differences, dump_recipe
+from .recipe import Recipe, differences, dump_recipe, load_recipe
 
 LATEST, STATE, RECIPE = "latest", "state.json", "recipe.yaml"
-FREE = (  # may differ between the sessions of one run
+FREE = (  # may differ between the sessions of one run: nothing that is learned depends on it
     "claim",
     "sampling",
     *(f"trainer.{k}" for k in ("steps", "save_every", "keep", "sample_every", "validate_every", "validation_samples", "log_every")),
     *(f"trainer.{k}" for k in ("accumulation", "device", "compile", "activation_checkpointing", "replicas")),
+)
+TUNED = tuple(  # may differ, with a word
+    f"trainer.{k}"
+    for k in ("learning_rate", "betas", "weight_decay", "warmup_steps", "schedule", "grad_clip", "ema_decay", "spike_sigma", "dtype")
 )
 Groups = Mapping[str, Mapping[str, Tensor]]
 _log = logging.getLogger(__name__)
@@ -136,15 +139,21 @@ class Checkpoints:
 
 
 def check_same_run(folder: Path, recipe: Recipe) -> None:
-    """Refuse to go on from a checkpoint of another recipe; raises ConfigError naming the keys."""
-    old = read_data(folder / RECIPE)
-    changed = [k for k in differences(old, recipe.to_dict()) if not any(k == f or k.startswith(f + ".") for f in FREE)]
-    if changed:
+    """Refuse to go on from a checkpoint of another recipe; a changed learning rate and its like are said and taken.
+
+    Raises:
+        ConfigError: naming the keys.
+    """
+    changed = differences(load_recipe(folder / RECIPE).to_dict(), recipe.to_dict())
+    changed = [k for k in changed if not any(k == f or k.startswith(f + ".") for f in FREE)]
+    if refused := [k for k in changed if k not in TUNED]:
         raise ConfigError(
-            f"{folder} was written with other values of {', '.join(changed)}",
-            allowed="the recipe it was trained with, but for cadence, length and device",
+            f"{folder} was written with other values of {', '.join(refused)}",
+            allowed="the recipe it was trained with, but for cadence, length, device and the optimiser's numbers",
             hint="choose another --out, or --no-resume to start anew",
         )
+    if changed:
+        _log.warning("from here on with other values of %s than %s", ", ".join(changed), folder)
 
 
 def environment(world: World) -> dict[str, Any]:

@@ -257,7 +257,7 @@ class Training:
         """Write a checkpoint of this step."""
         self.log.sync()
         state = {
-            "updates": self.optimizers.updates,
+            "updates": self.optimizers.counts(),
             "guard": self.guard.state(),
             "meter": self.meter.state(),
             "validation": self.validation,
@@ -283,7 +283,7 @@ class Training:
         if found.state["base"] != self.parts.base_hash:
             raise ConfigError(f"{self.recipe.base} is not the bundle that {found.folder} was trained from", hint="choose another --out")
         self.checkpoints.load(found, self.groups())
-        self.optimizers.updates = found.state["updates"]
+        self.optimizers.restore_counts(found.state["updates"])
         self.guard.restore(found.state["guard"])
         self.meter.restore(found.state["meter"])
         self.step, self.validation = found.step, found.state["validation"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -95,16 +95,17 @@ class Optimizers:
             found.update({f"{self.names[id(p)]}.{key}": value for key, value in state.items() if key != "step"})
         return found
 
-    @property
-    def updates(self) -> int:
-        """Updates made so far."""
-        return next((int(state["step"]) for _, state in self._states() if "step" in state), 0)
+    def counts(self) -> dict[str, int]:
+        """Updates made so far, by parameter: one that had no gradient at a step was not updated."""
+        counted = [(self.names[id(p)], state["step"]) for p, state in self._states() if "step" in state]
+        values = torch.stack([count for _, count in counted]).tolist() if counted else []
+        return {name: int(value) for (name, _), value in zip(counted, values)}
 
-    @updates.setter
-    def updates(self, count: int) -> None:
-        for _, state in self._states():
+    def restore_counts(self, counts: Mapping[str, int]) -> None:
+        """From ``counts``."""
+        for p, state in self._states():
             if "step" in state:
-                state["step"].fill_(count)
+                state["step"].fill_(counts[self.names[id(p)]])
 
     def _states(self) -> Iterable[tuple[Tensor, dict[str, Any]]]:
         return ((p, o.state[p]) for o in self.all for g in o.param_groups for p in g["params"])

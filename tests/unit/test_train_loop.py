@@ -251,8 +251,15 @@ def test_starting_anew_loses_nothing(tmp_path: Path, plain: Path) -> None:
 
 def test_another_recipe_is_not_resumed(tmp_path: Path) -> None:
     run(tmp_path / "run", steps=2)
-    with pytest.raises(ConfigError, match="trainer.learning_rate, trainer.seed"):
-        run(tmp_path / "run", steps=2, seed=1, learning_rate=0.1)
+    with pytest.raises(ConfigError, match="other values of trainer.batch_size, trainer.seed;"):
+        run(tmp_path / "run", steps=3, seed=1, batch_size=4, learning_rate=0.1)
+
+
+def test_a_changed_learning_rate_is_said_and_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(tmp_path / "run", steps=2)
+    run(tmp_path / "run", steps=3, learning_rate=0.1)
+    assert "other values of trainer.learning_rate" in caplog.text
+    assert [e["learning_rate"] for e in events(tmp_path / "run", "train")] == [0.01, 0.01, 0.1]
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(tmp_path: Path, plain: Path, caplog: pytest.LogCaptureFixture) -> None:
