@@ -68,12 +68,14 @@ def to_images(x: Tensor) -> list[Image.Image]:
 
 
 def grid(images: Sequence[Image.Image]) -> Image.Image:
-    """Images of one size, row by row in a near-square grid."""
+    """Images of one size, row by row in a near-square grid, an eighth of their side apart on grey."""
     columns = math.ceil(math.sqrt(len(images)))
     width, height = images[0].size
-    sheet = Image.new(images[0].mode, (columns * width, math.ceil(len(images) / columns) * height))
+    gap = max(1, min(width, height) // 8) if len(images) > 1 else 0
+    size = (columns * (width + gap) - gap, math.ceil(len(images) / columns) * (height + gap) - gap)
+    sheet = Image.new(images[0].mode, size, {"RGB": (128,) * 3}.get(images[0].mode, 128))  # type: ignore[arg-type]
     for k, image in enumerate(images):
-        sheet.paste(image, (k % columns * width, k // columns * height))
+        sheet.paste(image, (k % columns * (width + gap), k // columns * (height + gap)))
     return sheet
 
 

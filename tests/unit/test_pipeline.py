@@ -69,7 +69,7 @@ def test_pixels_are_rounded_to_the_nearest_level():
 def test_pictures_that_are_no_pictures_show_their_channels_side_by_side():
     images = to_images(torch.zeros(2, 4, 5, 3))
     assert [i.size for i in images] == [(12, 5), (12, 5)]
-    assert grid(images * 3).size == (36, 10)
+    assert grid(images * 3).size == (39, 11)
 
 
 def test_labels_are_expanded_in_order():
@@ -138,7 +138,7 @@ def test_grid_file(pipe, tmp_path):
     out = quiet(pipe, [0, 1], seed=2)
     out.save(tmp_path / "a" / "grid.png", zoom=3)
     with Image.open(tmp_path / "a" / "grid.png") as stored:
-        assert stored.size == (2 * 12 * 3, 8 * 3)
+        assert stored.size == ((2 * 12 + 1) * 3, 8 * 3)
     assert read_record(tmp_path / "a" / "grid.png")["seeds"] == [2, 3]
 
 
