@@ -69,7 +69,7 @@ def test_pixels_are_rounded_to_the_nearest_level():
 def test_pictures_that_are_no_pictures_show_their_channels_side_by_side():
     images = to_images(torch.zeros(2, 4, 5, 3))
     assert [i.size for i in images] == [(12, 5), (12, 5)]
-    assert grid(images * 3).size == (39, 11)
+    assert grid(images * 3).size == (38, 11)
 
 
 def test_labels_are_expanded_in_order():
