@@ -61,7 +61,7 @@ def demo(
     if not trained.finished:
         raise SystemExit(143)
     log.info("2/3  sampling and accelerating")
-    pipe, judge = Pipeline.from_pretrained(bundle), Judge(recipe.data.name)
+    pipe, judge = Pipeline.from_pretrained(bundle), Judge(recipe.data.name, resamples=100)
     todo = variants({"base": pipe}, available(accelerations))
     result, samples = compare_pipelines(todo, setting, judge, suite="demo", command=command, progress=progress)
     log.info("3/3  writing the report")

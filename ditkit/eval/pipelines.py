@@ -201,7 +201,7 @@ class _Work:
         return Samples(out.x[:num], out.report["methods"])
 
     def _quality(self, x: Tensor) -> Quality | None:
-        return self.judge(x, self.judge.labels(len(x))) if self.judge is not None else None
+        return self.judge(x, self.judge.labels(len(x)), full=False) if self.judge is not None else None
 
 
 def _stderr() -> Any:

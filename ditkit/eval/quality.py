@@ -20,7 +20,7 @@ from ditkit.core.lazy import require
 from ditkit.data import Dataset, load
 
 from .features import Extractor, LabelReader, everything, extractor, in_chunks
-from .metrics import Array, Moments, bootstrap, frechet_distance, kid, precision_recall
+from .metrics import Moments, bootstrap, frechet_distance, kid, precision_recall
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class Judge:
         self.extractors: list[Extractor] = [extractor(n, self.x, self.y, self.train.num_classes) for n in extractors]
         self.reference = f"{self.train.name}/train, {len(self.x)} samples"
         self._real = {e.name: in_chunks(e, self.x) for e in self.extractors}
+        self._held: dict[tuple[str, int, bool], dict[str, float]] = {}
         self._moments = {name: Moments.of(u) for name, u in self._real.items()}
 
     @cached_property
@@ -98,7 +99,7 @@ class Judge:
 
         Args:
             labels: (N,) what they were asked to show; with them the label reader's agreement is counted.
-            full: kernel distance, precision, recall and intervals too, not the Fréchet distances alone.
+            full: kernel distance, precision and recall too, not the Fréchet distances alone.
 
         Raises:
             DitkitError: N is not above the number of features, shapes do not fit, or a sample is not finite.
@@ -111,29 +112,33 @@ class Judge:
 
     def _distances(self, e: Extractor, x: Tensor, full: bool) -> list[Score]:
         mine, real = in_chunks(e, x), self._real[e.name]
-        held = self._held_out(e, len(x))
+        held = self._held_out(e, len(x), full)
         rest: dict[str, Any] = dict(extractor=e.name, num_samples=len(x), reference=self.reference)
         value = frechet_distance(Moments.of(mine), self._moments[e.name])
-        interval = bootstrap(lambda a, b: frechet_distance(a, b, allow_singular=True), mine, real, num=self.resamples) if full else None
-        low, high = (interval.low, interval.high) if interval else (None, None)
-        floor = frechet_distance(Moments.of(held), self._moments[e.name]) if held is not None else None
-        settings = {"dim": e.dim, "bootstrap": self.resamples if full else 0, "real_num_samples": 0 if held is None else len(held)}
-        scores = [Score("frechet", value, low, high, floor, settings=settings, **rest)]
+        interval = bootstrap(lambda a, b: frechet_distance(a, b, allow_singular=True), mine, real, num=self.resamples)
+        settings = {"dim": e.dim, "bootstrap": self.resamples, "real_num_samples": min(len(x), len(self.test_x)) if held else 0}
+        scores = [Score("frechet", value, interval.low, interval.high, held.get("frechet"), settings=settings, **rest)]
         if full:
             near, inside = kid(mine, real), precision_recall(mine, real)
-            real_kid = kid(held, real).value if held is not None else None
-            real_pr = precision_recall(held, real) if held is not None else None
             sizes = {"subset_size": near.subset_size, "num_subsets": near.num_subsets, "std_between_subsets": near.std}
-            scores.append(Score("kid", near.value, None, None, real_kid, settings=sizes, **rest))
+            scores.append(Score("kid", near.value, None, None, held.get("kid"), settings=sizes, **rest))
             for name in ("precision", "recall"):
-                other = getattr(real_pr, name) if real_pr else None
-                scores.append(Score(name, getattr(inside, name), None, None, other, settings={"k": inside.k}, **rest))
+                scores.append(Score(name, getattr(inside, name), None, None, held.get(name), settings={"k": inside.k}, **rest))
         return scores
 
-    def _held_out(self, e: Extractor, num: int) -> Array | None:
-        """Features of as many real test samples as there are samples (a distance depends on the number), or of all there are."""
-        features = in_chunks(e, self.test_x[: min(num, len(self.test_x))])
-        return features if len(features) > e.dim else None
+    def _held_out(self, e: Extractor, num: int, full: bool) -> dict[str, float]:
+        """Figures of as many held-out real samples (a distance depends on the number), or of all there are; {} if too few."""
+        num = min(num, len(self.test_x))
+        if num <= e.dim:
+            return {}
+        key = (e.name, num, full)
+        if key not in self._held:
+            held, real = in_chunks(e, self.test_x[:num]), self._real[e.name]
+            self._held[key] = {"frechet": frechet_distance(Moments.of(held), self._moments[e.name])}
+            if full:
+                inside = precision_recall(held, real)
+                self._held[key] |= {"kid": kid(held, real).value, "precision": inside.precision, "recall": inside.recall}
+        return self._held[key]
 
     def _agreement(self, x: Tensor, labels: Tensor) -> Score:
         if labels.shape != (len(x),):
