@@ -167,7 +167,7 @@ def _judge(result: Scan, strict: bool) -> None:
             hint="mend or remove them, or leave strict_data off to train without them",
         )
     if result.faults or result.empty_captions:
-        log.warning("%s", result.summary())
+        log.warning("%s", _printable(result.summary()))
 
 
 def _listed(faults: Sequence[Fault]) -> str:
