@@ -1,6 +1,6 @@
 """Contract tests for every registered backbone, every method on every backbone, and all pairs of methods.
 
-``DITKIT_MATRIX=1`` runs pairs on all backbones instead of the two of ``PAIR_BACKBONES``.
+``DITKIT_MATRIX=1`` runs pairs, and graphs of whole steps, on all backbones instead of the two of ``PAIR_BACKBONES``.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ditkit.core.view import with_methods
 from .trajectory import STEPS, Counted, relative, sample, steps
 
 PAIR_BACKBONES = ("dit", "two_streams")
+MATRIX = bool(os.environ.get("DITKIT_MATRIX"))
 BACKBONES = sorted(registry.entries("backbones"))
 METHODS = [(name, i) for name in sorted(registry.entries("methods")) for i in range(len(registry.get("methods", name).tiny()))]  # type: ignore[attr-defined]
 OFF = [(name, i) for name in sorted(registry.entries("methods")) for i in range(len(registry.get("methods", name).off()))]  # type: ignore[attr-defined]
@@ -256,6 +257,8 @@ class TestMethod:
 
     @pytest.mark.parametrize("grain", ["block", "step"])
     def test_compiled_equals_eager_and_graphs_are_as_computed(self, backbone: str, case: tuple[str, int], grain: str) -> None:
+        if grain == "step" and not MATRIX and (case[1] or backbone not in PAIR_BACKBONES):
+            pytest.skip("step graphs of further settings and backbones: DITKIT_MATRIX=1")
         compiled_like_eager(view_of(backbone, case), grain)
 
     def test_state_returns(self, backbone: str, case: tuple[str, int]) -> None:
@@ -290,7 +293,7 @@ def threads_equal(view: Backbone, alone: list[Tensor]) -> None:
     assert all(torch.equal(found[s], alone[s]) for s in (0, 1))
 
 
-@pytest.mark.parametrize("backbone", [b for b in BACKBONES if b in PAIR_BACKBONES or os.environ.get("DITKIT_MATRIX")])
+@pytest.mark.parametrize("backbone", [b for b in BACKBONES if b in PAIR_BACKBONES or MATRIX])
 @pytest.mark.parametrize(("a", "b"), PAIRS, ids=label)
 class TestPair:
     def test_refused_with_a_reason_or_works(self, backbone: str, a: tuple[str, int], b: tuple[str, int]) -> None:
