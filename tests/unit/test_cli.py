@@ -82,7 +82,7 @@ def test_sample_writes_a_grid_and_single_files(folder, capsys, tmp_path):
     assert code == 0, err
     assert "4 pictures, 2 steps of ddim, guidance scale 2, seeds 5 to 8" in out
     with Image.open(grid) as image:
-        assert image.size == (2 * 12 * 5, 2 * 8 * 5)  # small pictures are enlarged
+        assert image.size == ((2 * 12 + 1) * 5, (2 * 8 + 1) * 5)  # small pictures are enlarged
     files = sorted(each.iterdir())
     assert len(files) == 4
     assert [read_record(f)["seed"] for f in files] == [5, 6, 7, 8]

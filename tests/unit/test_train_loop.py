@@ -144,7 +144,7 @@ def test_the_result_is_a_bundle_of_the_averaged_weights(plain: Path) -> None:
 def test_pictures_while_training_are_the_bundle_s(tmp_path: Path) -> None:
     run(tmp_path / "run", steps=2, sample_every=2)
     picture = Image.open(tmp_path / "run" / "samples" / "step-0000002.png")
-    assert picture.size == (320, 320)  # ten labels, ten of each, 8 pixels four times enlarged
+    assert picture.size == (356, 356)  # ten labels, ten of each, 8 pixels and a gap, four times enlarged
     again = ditkit.from_pretrained(tmp_path / "run")(list(range(10)), num_images=100, seed=0, progress=False)
     again.save(tmp_path / "again.png", zoom=4)
     assert np.array_equal(np.asarray(picture), np.asarray(Image.open(tmp_path / "again.png")))
