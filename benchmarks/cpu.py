@@ -64,9 +64,10 @@ def forward_rows(ours: DiT, theirs: Any, batch: int = 2) -> list[Candidate]:
         "ours, compiled by step": (compile_view(ours, "step"), 1e-5),
         "ours, int8, compiled by step": (compile_view(quantised, "step"), None),
     }
+    y = cond["y"]
     rows = [
-        Candidate("diffusers, eager", torch.no_grad()(lambda: theirs(x, t, class_labels=cond["y"]).sample), batch, cost),
-        Candidate("diffusers, compiled", torch.no_grad()(lambda: compiled(x, t, class_labels=cond["y"]).sample), batch, cost, tolerance=1e-5),
+        Candidate("diffusers, eager", torch.no_grad()(lambda: theirs(x, t, class_labels=y).sample), batch, cost),
+        Candidate("diffusers, compiled", torch.no_grad()(lambda: compiled(x, t, class_labels=y).sample), batch, cost, tolerance=1e-5),
     ]
     return rows + [Candidate(name, call(view), batch, cost, tolerance=bound) for name, (view, bound) in views.items()]
 

@@ -73,7 +73,7 @@ def grid(images: Sequence[Image.Image]) -> Image.Image:
     width, height = images[0].size
     gap = max(1, min(width, height) // 8) if len(images) > 1 else 0
     size = (columns * (width + gap) - gap, math.ceil(len(images) / columns) * (height + gap) - gap)
-    sheet = Image.new(images[0].mode, size, {"RGB": (128,) * 3}.get(images[0].mode, 128))  # type: ignore[arg-type]
+    sheet = Image.new(images[0].mode, size, {"RGB": (128,) * 3}.get(images[0].mode, 128))
     for k, image in enumerate(images):
         sheet.paste(image, (k % columns * (width + gap), k // columns * (height + gap)))
     return sheet
