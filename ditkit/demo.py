@@ -24,7 +24,7 @@ from ditkit.train.logs import LOG, read_log
 log = logging.getLogger("ditkit")
 
 #: what is tried, where the registry has it
-ACCELERATIONS = ("compile", "fora:interval=2", "fora:interval=3", "int8+compile", "fora:interval=2+int8+compile")
+ACCELERATIONS = ("fora:interval=2", "fora:interval=3", "int8+compile")
 GRIDS = 6  # sample grids shown of training
 
 
