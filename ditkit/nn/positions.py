@@ -1,7 +1,7 @@
 """Positions on grids of any number of axes: fixed sine-cosine tables, rotary embeddings, and the rules that place tokens.
 
 A grid is a tuple with one entry for each axis, the slowest first: a number of tokens, or an ``Axis`` that says where they stand.
-Which system uses what is listed in this file. Tables are computed in float64 on the CPU, cast to fp32, and cached by grid.
+Tables are computed in float64 on the CPU, cast to fp32, and cached by grid.
 """
 
 from __future__ import annotations
