@@ -224,7 +224,9 @@ class _Tally(TorchDispatchMode):
         self.read: dict[int, int] = {}
         self.in_attention = False
         self.alive = self.peak = 0
-        self._weights = {_storage(t): t.numel() * t.element_size() for t in weights}
+        self._weights: Counter[int] = Counter()
+        for t in weights:  # several may share a storage
+            self._weights[_storage(t)] += t.numel() * t.element_size()
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:

@@ -5,6 +5,8 @@ the base with so few steps that it takes the same time.
 from __future__ import annotations
 
 import math
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +17,7 @@ from tqdm import tqdm
 
 from ditkit.core.errors import DitkitError
 from ditkit.methods.specs import Spec
+from ditkit.output import Output
 from ditkit.pipeline import Pipeline
 
 from .bench import BenchResult, Candidate, interleave, run_bench
@@ -61,9 +64,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples of a variant, x (N, C, H, W), and what its methods reported."""
+    """Samples of a variant, x (N, C, H, W), what its methods reported, and the seconds of the very first batch."""
 
     x: Tensor
+    cold: float
     report: Mapping[str, Mapping[str, Any]]
 
 
@@ -126,11 +130,11 @@ class _Work:
     def steps(self, v: Variant) -> int:
         return v.num_inference_steps or self.setting.num_inference_steps or v.pipe.config.sampling.num_inference_steps
 
-    def sample(self, pipe: Pipeline, steps: int, labels: Sequence[int], progress: bool = False) -> Any:
-        """One call of a pipeline with the setting."""
+    def sample(self, pipe: Pipeline, steps: int, labels: Sequence[int], first: int = 0, progress: bool = False) -> Output:
+        """One call of a pipeline with the setting, for the pictures from number ``first`` on."""
         s = self.setting
-        options: dict[str, Any] = {"guidance_scale": s.guidance_scale, "solver": s.solver, "seed": s.seed, "batch_size": s.num_images}
-        return pipe(list(labels), num_inference_steps=steps, progress=progress, **options)
+        options: dict[str, Any] = {"guidance_scale": s.guidance_scale, "solver": s.solver, "batch_size": s.num_images}
+        return pipe(list(labels), num_inference_steps=steps, seed=s.seed + first, progress=progress, **options)
 
     def add(self, v: Variant, place: int | None = None) -> None:
         """Make its samples, judge them, count its cost."""
@@ -151,6 +155,7 @@ class _Work:
             equal_time_to=v.equal_time_to,
             notes=notes_of(made.report),
             drift=drift(made.x, reference),
+            cold=made.cold,
             quality=self._quality(made.x),
         )
 
@@ -196,18 +201,15 @@ class _Work:
         num, batch = self.setting.num_samples, self.setting.num_images
         labels = self._labels(math.ceil(num / batch) * batch).tolist()
         if self.progress:
-            tqdm.write(f"samples of {v.name}: {num}, {steps} steps", file=_stderr())
-        out = self.sample(v.pipe, steps, labels, self.progress)
-        return Samples(out.x[:num], out.report["methods"])
+            tqdm.write(f"samples of {v.name}: {num}, {steps} steps", file=sys.stderr)
+        start = time.perf_counter()
+        out = self.sample(v.pipe, steps, labels[:batch])
+        cold = time.perf_counter() - start
+        rest = [self.sample(v.pipe, steps, labels[batch:], batch, self.progress).x] if len(labels) > batch else []
+        return Samples(torch.cat([out.x, *rest])[:num], cold, out.report["methods"])
 
     def _quality(self, x: Tensor) -> Quality | None:
         return self.judge(x, self.judge.labels(len(x)), full=False) if self.judge is not None else None
-
-
-def _stderr() -> Any:
-    import sys
-
-    return sys.stderr
 
 
 def notes_of(report: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:

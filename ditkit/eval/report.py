@@ -294,7 +294,7 @@ def _cost_row(r: Row) -> str:
     rival = f"<small>equal time to {escape(', '.join(r.equal_time_to))}</small>" if r.equal_time_to else ""
     cells = [
         str(r.num_inference_steps or ""),
-        f"{seconds(r.seconds.median)}<small>{seconds(r.seconds.q1)} to {seconds(r.seconds.q3)}</small>",
+        f"{seconds(r.seconds.median)}<small>{seconds(r.seconds.q1)} to {seconds(r.seconds.q3)}</small>{_first(r)}",
         f"{r.speedup:.2f}x",
         f"{r.ratio_to_floor:.2f}" if r.ratio_to_floor else "",
         f"{giga(r.macs)}<small>{giga(r.flops)} GFLOPs</small>" if r.macs and r.flops else "",
@@ -304,6 +304,11 @@ def _cost_row(r: Row) -> str:
         _with_interval(r, "label agreement", 1, 100, " %"),
     ]
     return f"<tr{' class=rival' if rival else ''}><td>{escape(r.name)}{rival}</td>{''.join(f'<td>{c}</td>' for c in cells)}</tr>"
+
+
+def _first(r: Row) -> str:
+    """The first call, where it took much longer than the others: compilation."""
+    return f"<small>first call {seconds(r.seconds.cold)}</small>" if r.seconds.cold > 3 * r.seconds.median * r.items else ""
 
 
 def _memory(r: Row) -> str:

@@ -86,6 +86,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "median": lambda r: seconds(r.seconds.median),
     "quartiles": lambda r: f"{seconds(r.seconds.q1)} - {seconds(r.seconds.q3)}",
     "best": lambda r: seconds(r.seconds.best),
+    "first call": lambda r: seconds(r.seconds.cold),
     "speed-up": lambda r: f"{r.speedup:.2f}x",
     "GMACs": lambda r: giga(r.macs) if r.macs else "",
     "GFLOPs": lambda r: giga(r.flops) if r.flops else "",

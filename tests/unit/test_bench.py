@@ -158,6 +158,17 @@ def test_different_results_are_not_timed() -> None:
     assert lossy.drift.relative_l2 == pytest.approx(0.1, abs=1e-6)
 
 
+def test_what_was_compared_already_is_not_called_again(clock: Clock) -> None:
+    known = drift(torch.ones(1, 2), torch.ones(1, 2))
+    candidates = [Candidate(n, clock.call(n, 1.0), drift=known, cold=9.0) for n in "ab"]
+    result = run_bench(candidates, suite="t", repeats=2, warmups=0, progress=False)
+    assert clock.order.startswith("ab" + "ba")
+    assert result.rows[0].seconds.cold == 9.0
+    with pytest.raises(DitkitError, match="b differs"):
+        far = drift(torch.ones(1, 2) * 2, torch.ones(1, 2))
+        run_bench([candidates[0], Candidate("b", clock.call("b", 1.0), drift=far, cold=1.0, tolerance=1e-3)], suite="t")
+
+
 def test_mistakes_are_named() -> None:
     c = Candidate("a", lambda: torch.ones(1, 1))
     for bad in ([], [c, c]):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
-import os
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ import torch
 from sklearn.metrics.pairwise import polynomial_kernel
 
 from ditkit.core.errors import DitkitError
-from ditkit.eval.metrics import Moments, as_features, bootstrap, frechet_distance, gather_features, gather_moments, kid, precision_recall
+from ditkit.eval.metrics import Moments, as_features, bootstrap, frechet_distance, gather_moments, kid, precision_recall
+from ditkit.testing import gathering, processes
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -182,31 +182,17 @@ def test_the_interval_covers_the_true_mean_difference() -> None:
 # ---- processes
 
 
-def _worker(rank: int, store: str, answers: Any) -> None:
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    x = normal(64, 16)
-    part = x[:1] if rank else x[1:]  # very different shares
-    moments = gather_moments(Moments.of(part))
-    answers.put((rank, frechet_distance(moments, Moments.of(x + 3)), gather_features(part).tolist()))
-    dist.destroy_process_group()
-
-
 def test_one_and_two_processes_agree(tmp_path: Path) -> None:
-    """Case A14: to 1e-9, and the gathered features keep two dimensions."""
+    """Case A14: to 1e-9, and the gathered features keep two dimensions. The processes have very different shares."""
     x = normal(64, 16)
     alone = frechet_distance(gather_moments(Moments.of(x)), Moments.of(x + 3))
-    context = mp.get_context("spawn")
-    answers = context.Queue()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    workers = [context.Process(target=_worker, args=(rank, str(tmp_path / "store"), answers)) for rank in range(2)]
-    for w in workers:
-        w.start()
-    got = sorted(answers.get(timeout=50) for _ in workers)
-    for w in workers:
-        w.join()
-    for _, value, features in got:
-        assert value == pytest.approx(alone, abs=1e-9)
-        assert value == pytest.approx(144, abs=1e-6)
-        np.testing.assert_array_equal(np.array(features), np.r_[x[1:], x[:1]])
+    for name, rows in (("part-0", x[1:]), ("part-1", x[:1]), ("reference", x + 3)):
+        np.save(tmp_path / f"{name}.npy", rows)
+    for child in processes.world(2, gathering.gather, str(tmp_path)):
+        child.join(50)
+        assert child.exitcode == 0
+    for rank in range(2):
+        answer = json.loads((tmp_path / f"answer-{rank}.json").read_text())
+        assert answer["distance"] == pytest.approx(alone, abs=1e-9)
+        assert answer["distance"] == pytest.approx(144, abs=1e-6)
+        np.testing.assert_array_equal(np.array(answer["features"]), np.r_[x[1:], x[:1]])
