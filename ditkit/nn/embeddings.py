@@ -31,7 +31,7 @@ class TimeEmbed(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, dim), nn.Linear(dim, dim)
 
     def forward(self, t: Tensor) -> Tensor:
-        code = timestep_code(t, self.width, freq_shift=self.freq_shift).to(self.fc1.weight.dtype)
+        code = timestep_code(t, self.width, freq_shift=self.freq_shift).to(self.fc1.bias.dtype)  # its weight may be int8
         c = self.fc2(F.silu(self.fc1(code)))
         return c[:, None] if t.dim() == 1 else c
 

@@ -159,11 +159,16 @@ def test_what_matches_nothing_or_is_no_pattern_is_refused() -> None:
 
 
 def test_include_and_exclude() -> None:
-    _, view = quantised_view(include=r"\.(qkv|fc1)$")
+    _, view = quantised_view(include=r"^blocks.*\.(qkv|fc1)$")
     names = {n.rpartition(".")[2] for n, m in view.named_modules() if isinstance(m, Int8Linear)}
     assert names == {"qkv", "fc1"}
     _, view = quantised_view()
     assert not any(n.endswith("ada") for n, m in view.named_modules() if isinstance(m, Int8Linear))
+    base, every = quantised_view(include="", exclude="")
+    x, t, cond = base.example()
+    assert len([m for m in every.modules() if isinstance(m, Int8Linear)]) == 5 * 4 + 4  # all but the patches, the label's is a table
+    with torch.no_grad():
+        assert relative(every(x, t, **cond), base(x, t, **cond)) < 0.1
     report = Run(view).finish()["int8"]
     assert (report["kernel"], report["layers"]) == (RIGHT[0], 4 * 4)
 
