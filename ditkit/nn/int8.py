@@ -1,11 +1,14 @@
 """Linear layers in 8-bit integers: weights per output channel, activations per token, one rounding of each.
 
-    x ~ low + step q,  q in 0 .. levels (each token has its own low and step)      W ~ scale w,  w in -127 .. 127
+    x ~ low + step q,  q in 0 .. 255 (each token has its own low and step)      W ~ scale w,  w in -127 .. 127
     W x + b ~ step (W q) + low (W 1) + b
 
 So a row of the result depends on that row alone, bit for bit. ``W q`` is an integer product, exact up to its last rounding to
 fp32. Everything else is plain elementwise torch: compiled, quantisation is fused into the modulation or GELU before the product
 and the rest into what follows it.
+
+CPUs without VNNI add two neighbouring products in 16 bits, which saturate. There the sizes of two neighbouring weights add up to
+128 at most, 255 x 128 < 2^15, which costs half a bit of some weights; 7 bits for the activations would cost a whole one of each.
 """
 
 from __future__ import annotations
@@ -35,16 +38,22 @@ class Kernel:
     devices: tuple[str, ...]
 
 
-def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantise_weight(weight: Tensor, saturates: bool = False) -> tuple[Tensor, Tensor]:
     """weight (O, K) -> w int8 in -127 .. 127, scale (O,) fp32; a row of zeros has scale 1.
 
-    A scale has 17 significant bits, so that scale w is exact in fp32 and quantising it again gives the same w and scale.
+    Args:
+        saturates: neighbours w_2k and w_2k+1 are kept to a sum of sizes of 128.
     """
     whole = weight.detach().float()
-    scale = whole.abs().amax(-1) / 127
+    size = neighbours(whole) if saturates else whole.abs()
+    scale = size.amax(-1) / 127
     scale = torch.where(scale > 0, scale, 1.0)
-    scale = ((scale.view(torch.int32) + 64) & ~127).view(torch.float32)
     return (whole / scale[:, None]).round().to(torch.int8), scale
+
+
+def neighbours(weight: Tensor) -> Tensor:
+    """weight (O, K) -> |w_2k| + |w_2k+1| (O, K / 2)."""
+    return F.pad(weight.abs(), (0, weight.shape[1] % 2)).unflatten(1, (-1, 2)).sum(-1)
 
 
 def quantise_tokens(x: Tensor, levels: int, shift: int = 0, dtype: torch.dtype = torch.uint8) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,7 +73,7 @@ class Int8Linear(nn.Module):
     Args:
         linear: what it replaces; nothing of its weight is kept. On the meta device the shapes alone.
         kernel: of ``KERNELS``, or "dequantise": weights are stored in 8 bits and multiplied in the dtype of x.
-        levels: 127 where products of 8 and 8 bits would saturate (AVX2, AVX-512 without VNNI), else 255.
+        saturates: two neighbouring products of 8 and 8 bits leave the 16 bits in which they are added.
     """
 
     weight: Tensor  # (O, K) int8
@@ -72,22 +81,27 @@ class Int8Linear(nn.Module):
     total: Tensor  # (O,) scale * (sum of a row of weight)
     bias: nn.Parameter | None
 
-    def __init__(self, linear: nn.Linear, kernel: str, levels: int = 127) -> None:
+    def __init__(self, linear: nn.Linear, kernel: str, saturates: bool = False) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.kernel, self.levels = kernel, levels
-        weight, scale = quantise_weight(linear.weight)
+        self.kernel, self.saturates = kernel, saturates
+        weight, scale = quantise_weight(linear.weight, saturates)
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
-        self.register_buffer("total", self._total(), persistent=False)
+        self.register_buffer("total", torch.zeros_like(scale), persistent=False)
         self.bias = linear.bias
+        self._derive()
 
-    def _total(self) -> Tensor:
-        return self.scale * self.weight.sum(-1, dtype=torch.int32)  # W 1
+    def _derive(self) -> None:
+        """What follows from the weight: its total, and how many levels the activations have. Weights of a file from a CPU with VNNI
+        leave them 7 bits where sums saturate."""
+        self.total = self.scale * self.weight.sum(-1, dtype=torch.int32)
+        fits = not self.saturates or self.weight.is_meta or int(neighbours(self.weight.short()).max()) <= 128
+        self.levels = 255 if fits else 127
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self.total.copy_(self._total())
+        self._derive()
 
     def dequantised(self) -> Tensor:
         """scale w (O, K), fp32."""

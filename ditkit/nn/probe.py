@@ -1,7 +1,7 @@
 """Which 8-bit product this machine computes rightly, and which is fastest: tried once, in milliseconds, and remembered.
 
 Machines differ by more than any table can say: on a CPU with AVX-512 VNNI ``torch._int_mm`` is 4 times faster than fp32, on one with
-AVX2 alone 60 times slower, and there 8 x 8 bits saturate in oneDNN's 16-bit sums, so that activations have 7 bits.
+AVX2 alone 12 to 60 times slower, and there products of 8 and 8 bits saturate in oneDNN's 16-bit sums.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from .int8 import KERNELS, Kernel, quantise_weight
 SMALL = (32, 256, 256)  # tokens, in, out
 LARGE = {"cpu": (256, 384, 1536), "cuda": (4096, 1152, 4608)}  # an MLP layer of DiT-S, of DiT-XL
 WORTH = 1.25  # a product must be this much faster to pay for rounding the activations
-_FORMAT = 1  # of the remembered file
+_FORMAT = 2  # of the remembered file
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Choice:
     """The kernel to use here; ``speedup`` is that of the product alone over fp32 (bf16 on a GPU), ``tried`` that of each that is right."""
 
     kernel: str
-    levels: int
+    saturates: bool
     speedup: float
     tried: dict[str, float]
 
@@ -82,31 +82,38 @@ def try_kernels(device: torch.device, rounds: int = 5) -> Choice:
     """
     speed: dict[str, float] = {}
     with torch.inference_mode(False), torch.no_grad(), _one_thread():
-        levels = {name: n for name, k in KERNELS.items() if (n := exact_levels(k, device))}
+        right = [name for name, kernel in KERNELS.items() if rightness(kernel, device)]
         for shape in (SMALL, LARGE.get(device.type, SMALL)):
-            best = _best(_calls([n for n in levels if speed.get(n, 1.0) > 0.1], device, shape), rounds, device)
+            best = _best(_calls([n for n in right if speed.get(n, 1.0) > 0.1], device, shape), rounds, device)
             speed.update({name: best["plain"] / seconds for name, seconds in best.items() if name != "plain"})
     name = max(speed, key=lambda n: speed[n], default="")
     if not name or speed[name] < WORTH:
-        return Choice("dequantise", 127, speed.get(name, 0.0), speed)
-    return Choice(name, levels[name], speed[name], speed)
+        return Choice("dequantise", False, speed.get(name, 0.0), speed)
+    return Choice(name, rightness(KERNELS[name], device) == "saturates", speed[name], speed)
 
 
 @lru_cache
-def exact_levels(kernel: Kernel, device: torch.device) -> int:
-    """The largest of 255 and 127 up to which the kernel is exact on extreme values; 0: not at all, or it does not run there."""
+def rightness(kernel: Kernel, device: torch.device) -> Literal["exact", "saturates", ""]:
+    """Whether products of 8 and 8 bits are exact at extreme values; saturate, but are exact where ``Int8Linear`` stays; or neither."""
     if device.type not in kernel.devices:
-        return 0
-    weight = torch.tensor([[127] * 256, [-127] * 256, [127, -127] * 128, [127, 127, -127, -127] * 64], dtype=torch.int8, device=device)
-    for levels in (255, 127):
-        q = torch.tensor([[levels] * 256, [0, levels] * 128, [levels, levels, 0, 0] * 64, [0] * 256], device=device) - kernel.shift
-        try:
-            got = kernel.product(q.to(kernel.dtype).repeat(8, 1), weight.repeat(2, 1), torch.ones(8, device=device))
-        except (RuntimeError, AttributeError):
-            return 0
-        if torch.equal(got.cpu(), (q.cpu().float() @ weight.cpu().float().t()).repeat(8, 2)):
-            return levels
-    return 0
+        return ""
+    pairs = [[127, 127], [-127, -127], [127, -127], [-127, 127], [127, 0], [127, 1], [-64, -64], [1, -127]]
+    weight = torch.tensor(pairs, dtype=torch.int8).repeat(1, 128)
+    try:
+        if _is_exact(kernel, weight, 255, device):
+            return "exact"
+        if _is_exact(kernel, weight, 127, device) and _is_exact(kernel, weight[4:], 255, device):
+            return "saturates"
+    except (RuntimeError, AttributeError):
+        pass  # this torch or device lacks it
+    return ""
+
+
+def _is_exact(kernel: Kernel, weight: Tensor, levels: int, device: torch.device) -> bool:
+    rows = [[levels] * 256, [0, levels] * 128, [levels, levels, 0, 0] * 64, [0] * 256]
+    q = torch.tensor(rows).repeat(8, 1) - kernel.shift
+    got = kernel.product(q.to(device, kernel.dtype), weight.to(device), torch.ones(len(weight), device=device))
+    return torch.equal(got.cpu(), q.float() @ weight.float().t())
 
 
 def _calls(names: list[str], device: torch.device, shape: tuple[int, int, int]) -> dict[str, Callable[[], Tensor]]:

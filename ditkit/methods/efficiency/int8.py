@@ -2,7 +2,7 @@
 
 A dynamic W8A8 scheme, as in LLM.int8() (arXiv 2208.07339, section 3.1, vector-wise) without its outlier columns; nothing is calibrated or
 learned. Activations are rounded between the smallest and the largest value of their token (not symmetrically: after GELU all but
-a few bits would be lost), with 7 bits on CPUs whose 8-bit products saturate.
+a few bits would be lost).
 
 Which kernel computes it is tried once on the machine at hand; where none is faster than fp32, that is said. To gain, compile the view:
 rounding is then fused into the norm, the attention's output or the GELU before it.
@@ -24,7 +24,7 @@ from ditkit.core.errors import Conflict
 from ditkit.core.method import Method
 from ditkit.core.run import Run
 from ditkit.nn.int8 import KERNELS, Int8Linear, has_onednn
-from ditkit.nn.probe import Choice, exact_levels, int8_kernel
+from ditkit.nn.probe import Choice, int8_kernel, rightness
 
 
 class Int8Config(Config):
@@ -63,7 +63,7 @@ class Int8(Method):
         if type(module) is not nn.Linear or not re.search(cfg.include, path) or (cfg.exclude and re.search(cfg.exclude, path)):
             return None
         choice = self.choice(module.weight.device)
-        return Int8Linear(module, choice.kernel, choice.levels)
+        return Int8Linear(module, choice.kernel, choice.saturates)
 
     def choice(self, device: torch.device) -> Choice:
         """The kernel on this device: ``config.kernel``, or the fastest. Warns where none is faster, raises Conflict where it is wrong."""
@@ -88,7 +88,7 @@ def _choose(kernel: str, device: torch.device) -> Choice:
             warnings.warn(f"int8 makes nothing faster on this machine, only smaller ({choice})", stacklevel=2)
         return choice
     if kernel == "dequantise":
-        return Choice(kernel, 127, 0.0, {})
-    if not (levels := exact_levels(KERNELS[kernel], device)):
+        return Choice(kernel, False, 0.0, {})
+    if not (right := rightness(KERNELS[kernel], device)):
         raise Conflict(f"the int8 kernel {kernel!r} gives wrong results, or none, on this {device.type}", hint="kernel='auto'")
-    return Choice(kernel, levels, 0.0, {})
+    return Choice(kernel, right == "saturates", 0.0, {})
