@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .config import Config
 from .errors import DitkitError
-from .masks import MaskFn, padding, render
+from .masks import Mask, MaskFn, padding, render
 from .method import Method, order
 from .run import At, Run, gather, scatter
 from .seams import Seam, Site, onion
@@ -36,7 +36,7 @@ class Part(NamedTuple):
 
     block: nn.Module
     layers: tuple[tuple[Method, Hashable, dict[str, Tensor]], ...]  # method, mode, given
-    masks: dict[str, Tensor]
+    masks: dict[str, Mask]
     extra: dict[str, Any]  # kv=, prepared=, skip= where the block takes them
     skip: int | None = None  # position in the segment whose output is this block's skip
     saves: bool = False  # its output is wanted after the segment, for a long skip
@@ -72,7 +72,7 @@ class Backbone(nn.Module):
 
     A block is an ``nn.Module`` with ``branches`` (its residual sub-layers), ``calls(streams)`` (its attention calls: name ->
     query streams, key streams), ``projections()`` (what the seam ``linear`` is called with: name -> module) and
-    ``forward(streams, seam, **extra)``.
+    ``forward(streams, seam, **extra)``; it may have ``masks`` of its own (windows in every second block).
     """
 
     name: ClassVar[str] = ""
@@ -230,11 +230,11 @@ class _Segment:
         last = self.ids[-1]
         return Part(model.blocks[i], tuple(layers), masks, extra, skip, any(a == i and b > last for a, b in model.skips))
 
-    def _masks(self, i: int, s: Streams, extra: dict[str, Any]) -> dict[str, Tensor]:
-        run, layers = self.run, self.run.plan()[i].layers
-        functions: list[MaskFn] = [*self.model.masks, *(m.mask for m, _ in layers if hasattr(m, "mask"))]  # type: ignore[list-item]
+    def _masks(self, i: int, s: Streams, extra: dict[str, Any]) -> dict[str, Mask]:
+        run, layers, block = self.run, self.run.plan()[i].layers, self.model.blocks[i]
+        functions: list[MaskFn] = [*self.model.masks, *block_masks(block), *(m.mask for m, _ in layers if hasattr(m, "mask"))]  # type: ignore[list-item]
         masks = {}
-        for call, (q_names, k_names) in self.model.blocks[i].calls(s).items():  # type: ignore[operator]
+        for call, (q_names, k_names) in block.calls(s).items():  # type: ignore[operator]
             q = {n: s[n].layout for n in q_names}
             k = {n: extra.get("kv", s).get(n, s[n]).layout for n in k_names}
             for m, at in layers:
@@ -268,7 +268,12 @@ def block_kind(block: nn.Module) -> Hashable:
     """Blocks of one kind share their graphs: same modules, same shapes."""
     tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
     modules = tuple((n, type(m).__name__, getattr(m, "kind", None)) for n, m in block.named_modules())
-    return modules, tuple((n, tuple(p.shape), p.dtype) for n, p in tensors.items())
+    return modules, tuple((n, tuple(p.shape), p.dtype) for n, p in tensors.items()), block_masks(block)
+
+
+def block_masks(block: nn.Module) -> tuple[MaskFn, ...]:
+    """The mask functions of one block."""
+    return getattr(block, "masks", ())
 
 
 __all__ = ["At", "Backbone", "Done", "Part", "Prepared", "block_kind", "count_graphs", "run_blocks"]

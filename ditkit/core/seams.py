@@ -8,17 +8,18 @@ defines functions named after the seams it wants, ``(self, nxt, value, site)``, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import DitkitError
+from .sparse import Blocks, Gathered, flex, gathered, joined
 from .streams import Layout, Streams
 
 if TYPE_CHECKING:
+    from .masks import Mask
     from .method import Method
 
 
@@ -31,16 +32,23 @@ class Attn(NamedTuple):
     v: dict[str, Tensor]
     q_layout: dict[str, Layout]
     k_layout: dict[str, Layout]
-    mask: Tensor | None = None  # bool (b, 1, Nq, Nk) over all segments, rendered outside the block; None: all visible
+    mask: Mask | None = None  # over all segments, rendered outside the block; None: all visible
 
 
 def sdpa(a: Attn) -> dict[str, Tensor]:
     """softmax(q k' / sqrt d) v over all segments jointly; one output (B, H, Nq, d) per query segment."""
-    q, k, v = (next(iter(d.values())) if len(d) == 1 else torch.cat(list(d.values()), 2) for d in (a.q, a.k, a.v))
-    if k.shape[1] != q.shape[1]:  # grouped queries
-        k, v = (u.repeat_interleave(q.shape[1] // u.shape[1], 1) for u in (k, v))
-    out = F.scaled_dot_product_attention(q, k, v, a.mask)
+    heads = next(iter(a.q.values())).shape[1]
+    a = a._replace(k={n: _for_heads(u, heads) for n, u in a.k.items()}, v={n: _for_heads(u, heads) for n, u in a.v.items()})
+    if isinstance(a.mask, Gathered):
+        return gathered(a, a.mask)
+    q, k, v = (joined(d) for d in (a.q, a.k, a.v))
+    out = flex(q, k, v, a.mask) if isinstance(a.mask, Blocks) else F.scaled_dot_product_attention(q, k, v, a.mask)
     return dict(zip(a.q, out.split([u.shape[2] for u in a.q.values()], 2)))
+
+
+def _for_heads(u: Tensor, heads: int) -> Tensor:
+    """Grouped queries: keys or values of fewer heads, repeated."""
+    return u if u.shape[1] == heads else u.repeat_interleave(heads // u.shape[1], 1)
 
 
 class Site(NamedTuple):
@@ -84,7 +92,7 @@ def onion(core: Callable[..., Any], layers: Sequence[Layer], seam: str) -> Calla
 class Seam:
     """Handed to ``block.forward``: the inner seams, and a tap for values that leave sideways (auxiliary losses, statistics)."""
 
-    def __init__(self, layers: Sequence[tuple[Method, Site]] = (), masks: dict[str, Tensor] | None = None) -> None:
+    def __init__(self, layers: Sequence[tuple[Method, Site]] = (), masks: Mapping[str, Mask] | None = None) -> None:
         self.masks = masks or {}
         self.sites = [site for _, site in layers]
         self.taps: dict[str, Tensor] = {}

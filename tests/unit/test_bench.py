@@ -164,9 +164,9 @@ def test_what_was_compared_already_is_not_called_again(clock: Clock) -> None:
     result = run_bench(candidates, suite="t", repeats=2, warmups=0, progress=False)
     assert clock.order.startswith("ab" + "ba")
     assert result.rows[0].seconds.cold == 9.0
+    far = Candidate("b", clock.call("b", 1.0), drift=drift(torch.ones(1, 2) * 2, torch.ones(1, 2)), cold=1.0, tolerance=1e-3)
     with pytest.raises(DitkitError, match="b differs"):
-        far = drift(torch.ones(1, 2) * 2, torch.ones(1, 2))
-        run_bench([candidates[0], Candidate("b", clock.call("b", 1.0), drift=far, cold=1.0, tolerance=1e-3)], suite="t")
+        run_bench([candidates[0], far], suite="t")
 
 
 def test_mistakes_are_named() -> None:
