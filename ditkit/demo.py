@@ -24,7 +24,7 @@ from ditkit.train.logs import LOG, read_log
 log = logging.getLogger("ditkit")
 
 #: what is tried, where the registry has it
-ACCELERATIONS = ("fora:interval=2", "fora:interval=3", "int8+compile")
+ACCELERATIONS = ("fora:interval=3", "int8+compile")
 GRIDS = 6  # sample grids shown of training
 
 
@@ -55,7 +55,7 @@ def demo(
         DitkitError: training was stopped, or a part does not fit.
     """
     out, bundle = Path(out), Path(out) / name
-    setting = setting or Setting(num_images=20, repeats=5, warmups=1)
+    setting = setting or Setting(num_images=20, repeats=4, warmups=1)
     log.info("1/3  training %s: %d steps", name, recipe.trainer.steps)
     trained = train(recipe, bundle, resume, progress)
     if not trained.finished:

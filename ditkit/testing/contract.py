@@ -1,10 +1,12 @@
 """Contract tests for every registered backbone, every method on every backbone, and all pairs of methods.
 
-``DITKIT_MATRIX=1`` runs pairs, and graphs of whole steps, on all backbones instead of the two of ``PAIR_BACKBONES``.
+By default pairs run on the two of ``PAIR_BACKBONES``; graphs of whole steps, and of all methods that go together, are captured on the last
+of them, which has all that the first has. ``DITKIT_MATRIX=1`` runs and captures everything, every pair and setting, on every backbone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import os
@@ -28,12 +30,13 @@ from ditkit.core.view import with_methods
 from .trajectory import STEPS, Counted, relative, sample, steps
 
 PAIR_BACKBONES = ("dit", "two_streams")
+CAPTURED = {"fora", "int8", "lora"}  # a cache, a replaced layer, a layer beside: their pairs are captured by default too
 MATRIX = bool(os.environ.get("DITKIT_MATRIX"))
 BACKBONES = sorted(registry.entries("backbones"))
 METHODS = [(name, i) for name in sorted(registry.entries("methods")) for i in range(len(registry.get("methods", name).tiny()))]  # type: ignore[attr-defined]
 OFF = [(name, i) for name in sorted(registry.entries("methods")) for i in range(len(registry.get("methods", name).off()))]  # type: ignore[attr-defined]
 PAIRS = [(a, b) for a, b in itertools.combinations(METHODS, 2) if a[0] != b[0] and a[1] == b[1] == 0]
-__all__ = ["TestBackbone", "TestMethod", "TestOff", "TestPair"]
+__all__ = ["TestBackbone", "TestMethod", "TestOff", "TestPair", "TestTogether"]
 
 
 @lru_cache
@@ -256,8 +259,8 @@ class TestMethod:
 
     @pytest.mark.parametrize("grain", ["block", "step"])
     def test_compiled_equals_eager_and_graphs_are_as_computed(self, backbone: str, case: tuple[str, int], grain: str) -> None:
-        if grain == "step" and not MATRIX and (case[1] or backbone not in PAIR_BACKBONES):
-            pytest.skip("step graphs of further settings and backbones: DITKIT_MATRIX=1")
+        if not MATRIX and (case[1] or grain == "step" and backbone != PAIR_BACKBONES[-1]):
+            pytest.skip("graphs of further settings, and of whole steps on further backbones: DITKIT_MATRIX=1")
         compiled_like_eager(view_of(backbone, case), grain)
 
     def test_state_returns(self, backbone: str, case: tuple[str, int]) -> None:
@@ -312,6 +315,31 @@ class TestPair:
         assert out.isfinite().all()
         assert torch.equal(sample(draw(with_methods(with_methods(base, make(b)), make(a)))), out), "the order of attaching matters"
         assert torch.equal(sample(base), before)
+        if MATRIX or backbone == PAIR_BACKBONES[-1] and {a[0], b[0]} <= CAPTURED:
+            compiled_like_eager(view, "block")
+
+
+def together(base: Backbone, first: str) -> Backbone:
+    """A view with ``first`` and every further method that is not refused beside those before it."""
+    view = with_methods(base, make((first, 0)))
+    for name, i in METHODS:
+        if i == 0 and name != first:
+            with contextlib.suppress(Conflict):
+                view = with_methods(view, make((name, i)))
+    return draw(view)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES if MATRIX else PAIR_BACKBONES[-1:])
+@pytest.mark.parametrize("first", sorted({name for name, _ in METHODS}))
+class TestTogether:
+    def test_graphs_of_all_that_go_together_are_as_computed(self, backbone: str, first: str) -> None:
+        try:
+            view = together(tiny(backbone), first)
+        except Conflict as reason:
+            pytest.skip(str(reason))
+        earlier = [other for other, _ in METHODS if other < first]
+        if any(set(together(tiny(backbone), other).methods) == set(view.methods) for other in earlier):
+            pytest.skip("the same methods as before")
         compiled_like_eager(view, "block")
 
 

@@ -48,7 +48,7 @@ class TwoStreams(DiT):
     def tiny(cls) -> Backbone:
         torch.manual_seed(1)
         return draw_parameters(
-            cls(DiTConfig(input_size=(8, 8), in_channels=4, out_channels=4, dim=24, depth=4, num_heads=3, num_classes=1))
+            cls(DiTConfig(input_size=(8, 8), in_channels=4, out_channels=4, dim=24, depth=3, num_heads=3, num_classes=1))
         ).eval()
 
     def example(self, batch: int = 2, seed: int = 0) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
