@@ -26,12 +26,14 @@ from ditkit.core.run import Run
 from ditkit.core.view import compile_view, with_methods
 from ditkit.eval.bench import Candidate, run_bench
 from ditkit.eval.counters import count_forward
+from ditkit.eval.roof import products_alone
 from ditkit.eval.table import table
 from ditkit.interop.dit import config_to_diffusers, diffusers_table
 from ditkit.interop.verify import quiet_imports
 from ditkit.methods.efficiency.fora import FORA
 from ditkit.methods.efficiency.int8 import Int8
 
+ROOF = "products and attention alone"
 STEPS = 12  # of a run with FORA
 TINY = dict(input_size=(8, 8), dim=64, depth=2, num_heads=2, num_classes=10)
 
@@ -81,6 +83,9 @@ def forward_rows(ours: DiT, theirs: Any, backend: str, batch: int = 2) -> list[C
         Candidate("diffusers, compiled", torch.no_grad()(lambda: compiled(x, t, class_labels=y).sample), batch, cost, tolerance=1e-5),
     ]
     rows += [Candidate(name, call(view), batch, cost, tolerance=bound) for name, (view, bound) in views.items()]
+    products, nothing = products_alone(cost), torch.zeros_like(rows[0].call())
+    note = "no output: what no compiler can save at these shapes, on this machine, while the others ran"
+    rows.append(Candidate(ROOF, lambda: (products(), nothing)[1], batch, notes=(note,)))
     for interval in (2, 3):
         view = compile_view(with_methods(ours, FORA(interval=interval)), "block", num_steps=STEPS, backend=backend)
         full = Run(view, STEPS).finish()["fora"]["full_steps"]

@@ -109,7 +109,7 @@ class Admission:
         result = run_bench(self.candidates, suite=suite, repeats=repeats, device=size.device, dtype=size.dtype, progress=False)
         rows = tuple(replace(r, seconds=replace(r.seconds, cold=self.cold[r.name])) for r in result.rows)
         values = replace(result, rows=rows).to_dict()
-        kept = ("protocol", "load_before", "load_after", "roof", "rows")
+        kept = ("protocol", "others_before", "others_after", "roof", "rows")
         return {**{key: values[key] for key in kept}, "not measured": self.left_out}
 
 

@@ -26,7 +26,7 @@ from ditkit.core.files import write_json
 from .counters import Cost
 from .drift import Drift, drift
 from .quality import Quality
-from .roof import Machine, Roof, load_average, machine, measure_roof, synchronise
+from .roof import Machine, Roof, machine, measure_roof, other_work, synchronise
 
 
 @dataclass(frozen=True)
@@ -100,15 +100,15 @@ class BenchResult:
     commit: str
     command: str
     protocol: dict[str, Any]
-    load_before: float | None
-    load_after: float | None
+    others_before: float | None  # cores busy with other work
+    others_after: float | None
     roof: Roof | None
     rows: tuple[Row, ...]
 
     @property
     def busy(self) -> bool:
-        """Other jobs disturbed the run: the load before it exceeded half of the cores."""
-        return self.load_before is not None and self.load_before > self.machine.cores / 2
+        """Other jobs disturbed the run: before or after it they kept more than a quarter of a core busy."""
+        return any(u is not None and u > 0.25 for u in (self.others_before, self.others_after))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as written."""
@@ -140,7 +140,7 @@ def run_bench(
         DitkitError: names are not distinct, or an output is further from the first than its tolerance.
     """
     _check(candidates, repeats, warmups)
-    load_before = load_average()
+    others_before = other_work()
     cold, compared = compare(candidates, device)
     costs = [c.cost for c in candidates if c.cost is not None]
     roofs = [_roof_of(costs, device, dtype)] if costs else []
@@ -153,7 +153,7 @@ def run_bench(
     rows = tuple(_row(c, timings[c.name], compared[c.name], peaks[c.name], roof, first) for c in candidates)
     protocol = {"repeats": repeats, "warmups": warmups, "order": "interleaved, rotating", "device": device, "dtype": str(dtype)[6:]}
     today = datetime.date.today().isoformat()
-    return BenchResult(suite, today, machine(), commit(), command, protocol, load_before, load_average(), roof, rows)
+    return BenchResult(suite, today, machine(), commit(), command, protocol, others_before, other_work(), roof, rows)
 
 
 def _check(candidates: Sequence[Candidate], repeats: int, warmups: int) -> None:

@@ -281,8 +281,7 @@ def _costs(story: Story) -> str:
     notes = "".join(f"<li>{escape(f'{r.name}: {n}')}</li>" for r in rows for n in r.notes)
     warning = ""
     if story.result.busy:
-        load = f"{story.result.load_before:.1f}"
-        warning = f'<p class="warn">Other jobs were running (load average {load}): do not trust the times of this page.</p>'
+        warning = '<p class="warn">Other jobs were running: do not trust the times of this page.</p>'
     return (
         f'<h2>What it costs</h2>{warning}<figure class="card scroll">'
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></figure>"
@@ -342,11 +341,11 @@ def _how(result: BenchResult) -> str:
 
 def _about(story: Story) -> str:
     m, result = story.result.machine, story.result
-    load = "" if result.load_before is None else f"{result.load_before:.1f} before, {result.load_after:.1f} after"
+    load = "" if result.others_before is None else f"{result.others_before:.1f} before, {result.others_after:.1f} after"
     facts: dict[str, Any] = {
         **story.settings,
         "machine": f"{m.gpu + ', ' if m.gpu else ''}{m.cpu}, {m.capability}, {m.cores} cores, {m.threads} threads, {m.system}",
-        "load average": load,
+        "cores busy with other work": load,
         "versions": ", ".join(
             [
                 f"ditkit {m.ditkit} {result.commit}".strip(),

@@ -88,9 +88,24 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def load_average() -> float | None:
-    """Jobs that ran or waited in the last minute; above the number of cores a time cannot be trusted. None where unknown."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+def other_work(seconds: float = 0.2) -> float | None:
+    """Cores that are busy while this process sleeps for ``seconds``: with other jobs, or other machines on the same host.
+
+    (The load average would count what this process itself did a moment ago.) None where the system does not say.
+    """
+    before = _busy_seconds()
+    time.sleep(seconds)
+    after = _busy_seconds()
+    return None if before is None or after is None else (after - before) / seconds
+
+
+def _busy_seconds() -> float | None:
+    """Seconds that all cores together were not idle, since the start."""
+    try:
+        ticks = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except (OSError, ValueError):
+        return None
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # idle, and waiting for a disk
 
 
 @dataclass(frozen=True)
@@ -180,6 +195,23 @@ def measure_roof(cost: Cost, *, device: str = "cpu", dtype: torch.dtype = torch.
     attention = {s[1:]: r for s, r in rates.items() if s[0] == "attention"}
     best = {a: max(v.values()) for a, v in by_shape.items()}
     return Roof(best, max(attention.values()), rates["copy"], by_shape, kernels, device, plain, attention)
+
+
+def products_alone(cost: Cost, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Callable[[], None]:
+    """A call that does every product and attention of ``cost`` once, each with weights of its own, and nothing else.
+
+    Timed interleaved with the network it is the roof at the network's own shapes on a machine whose speed drifts: medians compare
+    with medians. The weights are as many as the network's, so what they cost to read is in it.
+    """
+    calls = [_linear(*shape, device, dtype) for shape, count in cost.linears.items() for _ in range(count)]
+    calls += [_attention(*shape, device, dtype) for shape, count in cost.attentions.items() for _ in range(count)]
+
+    def call() -> None:
+        with torch.inference_mode():
+            for product in calls:
+                product()
+
+    return call
 
 
 def _linear(m: int, k: int, n: int, device: str, dtype: torch.dtype) -> Callable[[], Tensor]:

@@ -107,9 +107,9 @@ def _head(result: BenchResult) -> list[str]:
     p = result.protocol
     how = f"{p['repeats']} interleaved repeats after {p['warmups']} warm-ups; times, MACs and FLOPs per item, {items} a call; {p['dtype']}"
     lines = [f"{result.suite}, {result.date}", where.strip(), how]
-    if result.load_before is not None and result.load_after is not None:
+    if result.others_before is not None and result.others_after is not None:
         warning = ": OTHER JOBS WERE RUNNING, do not trust these times" if result.busy else ""
-        lines.append(f"load average {result.load_before:.1f} before, {result.load_after:.1f} after{warning}")
+        lines.append(f"cores busy with other work: {result.others_before:.1f} before, {result.others_after:.1f} after{warning}")
     if result.roof:
         rates = ", ".join(f"{k} {giga(v)} G/s ({result.roof.kernels[k]})" for k, v in result.roof.gemm.items())
         lines.append(f"roof in this run: {rates}; attention {giga(result.roof.attention)} GFLOP/s; copy {giga(result.roof.copy)} GB/s")

@@ -42,8 +42,8 @@ class Reproduction:
     machine: Machine
     commit: str
     command: str
-    load_before: float | None
-    load_after: float | None
+    others_before: float | None
+    others_after: float | None
     seconds: dict[str, float]  # wall time of this run: training, measuring, judging, all
     bases: dict[str, int]  # how many were trained by this run, and how many were there
     real: dict[str, Any]  # what real test pictures score

@@ -15,7 +15,7 @@ from ditkit.core.errors import ConfigError, DitkitError
 from ditkit.core.files import write_json
 from ditkit.eval.bench import commit
 from ditkit.eval.counters import count_forward, parameters
-from ditkit.eval.roof import load_average, machine
+from ditkit.eval.roof import other_work, machine
 from ditkit.pipeline import Pipeline
 
 from .bases import Base, BaseStore
@@ -55,7 +55,7 @@ def reproduce(
         raise DitkitError(f"{out} is a file", hint="choose a folder for the results")
     stem = Path(name).stem + ("-full" if part == "full" else "")
     out.mkdir(parents=True, exist_ok=True)
-    before, start = load_average(), time.perf_counter()
+    before, start = other_work(), time.perf_counter()
     real = Real(protocol.data)
     bases, training = train_bases(protocol, BaseStore(store), progress)
     measured, measuring = measure_arms(protocol, bases, real, out / f"{stem}-measured", progress)
@@ -71,8 +71,8 @@ def reproduce(
         machine=machine(),
         commit=commit(),
         command=command,
-        load_before=before,
-        load_after=load_average(),
+        others_before=before,
+        others_after=other_work(),
         seconds={"training": training, "measuring": measuring, "judging": end - judging, "all": end - start},
         bases={"trained": sum(not b.reused for b in bases.values()), "reused": sum(b.reused for b in bases.values())},
         real=real.floor(protocol.num_samples),

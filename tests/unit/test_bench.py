@@ -23,7 +23,7 @@ from ditkit.eval.bench import Candidate, interleave, peak_memory, run_bench
 from ditkit.eval.counters import Cost, count_forward, published
 from ditkit.eval.drift import drift
 from ditkit.eval.pipelines import Setting, compare_pipelines, notes_of, variants
-from ditkit.eval.roof import Roof, load_average, machine, measure_roof
+from ditkit.eval.roof import Roof, other_work, machine, measure_roof
 from ditkit.eval.table import table, three
 from ditkit.methods.specs import parse_spec
 from ditkit.nn.int8 import has_onednn
@@ -238,7 +238,7 @@ def test_the_machine_is_described() -> None:
     assert m.cpu
     assert m.torch == torch.__version__
     assert " " not in m.slug
-    load = load_average()
+    load = other_work()
     assert load is None or load >= 0
 
 
@@ -344,11 +344,11 @@ def test_the_file_is_named_for_suite_machine_and_day_and_is_strict_json(tmp_path
     values = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert values["rows"][0]["drift"]["psnr"] == "inf"
     assert values["machine"]["torch"] == torch.__version__
-    assert {"load_before", "commit", "command", "protocol"} <= set(values)
+    assert {"others_before", "commit", "command", "protocol"} <= set(values)
 
 
 def test_a_busy_machine_is_said_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_module, "load_average", lambda: 50.0)
+    monkeypatch.setattr(bench_module, "other_work", lambda: 50.0)
     result = run_bench([Candidate("a", lambda: torch.ones(1, 2))], suite="t", repeats=1, warmups=0, progress=False)
     assert result.busy
     assert "do not trust" in table(result)

@@ -148,7 +148,7 @@ def test_the_page_says_what_was_measured() -> None:
         "360 samples against digits/train, 1437 samples",
         m.cpu,
         m.torch,
-        "load average",
+        "busy with other work",
         "fora: 12 hits",
         "ditkit sample runs/demo",
     ):
@@ -171,7 +171,7 @@ def test_a_page_without_training_and_without_real_data() -> None:
 
 
 def test_a_busy_machine_is_said() -> None:
-    busy = replace(result(*ROWS), load_before=99.0)
+    busy = replace(result(*ROWS), others_before=99.0)
     assert "do not trust the times" in Page(page(story(result=busy))).text
 
 
