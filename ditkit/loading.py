@@ -152,7 +152,7 @@ def fill(
     swap = _Swap(model, replacing, kept or {}, device, where)
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items() if name.rpartition(".")[0] not in swap.kept}
     check_shapes(where, wanted, source.shapes)
-    check_conflicts(order(list(replacing)), model.traits, model.name)
+    check_conflicts(order(list(replacing)), model.traits, model.name, model.needs)
     for method in replacing:
         method.install(model)
     share = _shared(model)

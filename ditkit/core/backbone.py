@@ -72,13 +72,15 @@ class Backbone(nn.Module):
 
     A block is an ``nn.Module`` with ``branches`` (its residual sub-layers), ``calls(streams)`` (its attention calls: name ->
     query streams, key streams), ``projections()`` (what the seam ``linear`` is called with: name -> module) and
-    ``forward(streams, seam, **extra)``; it may have ``masks`` of its own (windows in every second block).
+    ``forward(streams, seam, **extra)``; it may have ``masks`` of its own (windows in every second block), and ``keys(call, layouts)``, the
+    key layouts of a call whose keys are not the tokens of their stream (fewer: compression).
     """
 
     name: ClassVar[str] = ""
     config_class: ClassVar[type[Config]] = Config
     sizes: ClassVar[dict[str, dict[str, Any]]] = {}  # the paper's table: published name -> config values
-    traits: ClassVar[frozenset[str]] = frozenset()
+    traits: frozenset[str] = frozenset()
+    needs: frozenset[str] = frozenset()  # traits that its blocks rely on: methods that break them are refused
     masks: ClassVar[tuple[MaskFn, ...]] = (padding,)
     main: ClassVar[str] = "img"  # the stream that the head reads
     config: Any
@@ -100,6 +102,11 @@ class Backbone(nn.Module):
     def tiny(cls) -> Backbone:
         """A small instance for the contract tests, with every parameter drawn (no zero-initialised branch is silent)."""
         raise NotImplementedError
+
+    @classmethod
+    def tinies(cls) -> dict[str, Backbone]:
+        """``tiny()`` under the name "", and one small instance for each other kind of network that the config can choose."""
+        return {"": cls.tiny()}
 
     def example(self, batch: int = 2, seed: int = 0) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """An input of the tiny instance: x, network time, conditioning by name."""
@@ -237,6 +244,7 @@ class _Segment:
         for call, (q_names, k_names) in block.calls(s).items():  # type: ignore[operator]
             q = {n: s[n].layout for n in q_names}
             k = {n: extra.get("kv", s).get(n, s[n]).layout for n in k_names}
+            k = block.keys(call, k) if hasattr(block, "keys") else k  # type: ignore[operator]
             for m, at in layers:
                 k = m.keys(call, k, at)
             key = (tuple(functions), tuple((n, id(u)) for n, u in q.items()), tuple((n, id(u)) for n, u in k.items()))

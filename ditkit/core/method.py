@@ -120,9 +120,13 @@ def order(methods: list[Method]) -> list[Method]:
     return sorted(methods, key=lambda m: (STAGES.index(m.stage), m.label))
 
 
-def check_conflicts(methods: list[Method], traits: frozenset[str], backbone: str) -> None:
-    """Refuse what cannot meet, with the reason."""
+def check_conflicts(methods: list[Method], traits: frozenset[str], backbone: str, needs: frozenset[str] = frozenset()) -> None:
+    """Refuse what cannot meet, with the reason. ``traits`` and ``needs`` are the backbone's."""
     for i, m in enumerate(methods):
+        if lost := needs & m.breaks:
+            raise Conflict(
+                f"{backbone} needs {', '.join(sorted(lost))}, which {m.label} takes away", hint="drop the method, or see its config"
+            )
         if lack := m.needs - traits:
             raise Conflict(
                 f"{m.label} needs {', '.join(sorted(lack))}, which {backbone} has not",

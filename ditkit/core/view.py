@@ -59,7 +59,7 @@ def with_methods(model: Backbone, *methods: Method) -> Backbone:
     if any(type(p).__name__ == "DTensor" for p in model.parameters()):
         raise DitkitError("the model is sharded already", hint="attach first, then shard the view that is trained (blocks, then the view)")
     todo = order([*model.attached, *methods])
-    check_conflicts(todo, model.traits, model.name or type(model).__name__)
+    check_conflicts(todo, model.traits, model.name or type(model).__name__, model.needs)
     view = shallow(model)
     for m in order(list(methods)):
         m.install(view)

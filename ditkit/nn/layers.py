@@ -22,11 +22,11 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tens
 
 
 class Mlp(nn.Module):
-    """D -> hidden -> D with tanh-approximate GELU."""
+    """D -> hidden -> D (or ``out``) with tanh-approximate GELU."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, out: int | None = None) -> None:
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, out or dim)
 
     def forward(self, x: Tensor, linear: Linear = plain) -> Tensor:
         return linear("fc2", self.fc2, F.gelu(linear("fc1", self.fc1, x), approximate="tanh"))
