@@ -90,7 +90,7 @@ SAME, JOIN, SWAP, COPIES = Rule(), Join(), SwapHalves(), Copies()
 
 @dataclass(frozen=True)
 class Row:
-    """One module: our name, theirs, the rule, and which tensors it has."""
+    """One module: our name, theirs, the rule, and which tensors it has; "" stands for a tensor that is no part of a module."""
 
     ours: str
     theirs: str | tuple[str, ...]
@@ -132,7 +132,8 @@ class Table:
                     names = [
                         n.replace("{i}", str(i)).replace("{*}", str(j)) for n in theirs for j in (range(self.depth) if "{*}" in n else [0])
                     ]
-                    found[f"{row.ours.replace('{i}', str(i))}.{tensor}"] = Link(tuple(f"{n}.{tensor}" for n in names), row.rule)
+                    end = f".{tensor}" if tensor else ""
+                    found[row.ours.replace("{i}", str(i)) + end] = Link(tuple(n + end for n in names), row.rule)
         return found
 
     def export(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -67,7 +67,7 @@ class AdaLNPart(nn.Module):
 class AdaLNBlock(nn.Module):
     """adaLN-Zero over the streams that have a part; the others pass through."""
 
-    branches = ("attn", "mlp")
+    branches: tuple[str, ...] = ("attn", "mlp")
 
     def __init__(self, parts: dict[str, AdaLNPart]) -> None:
         super().__init__()
@@ -140,3 +140,13 @@ class AdaLNHead(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.ada(F.silu(c)).chunk(2, -1)
         return self.proj(modulate(x, shift, scale))
+
+
+def adaln_zero_(model: nn.Module, *outputs: nn.Linear) -> None:
+    """Xavier in every linear layer; zeros in all modulation and in ``outputs``, so that blocks start as the identity (DiT, section 3.2)."""
+    for name, m in model.named_modules():
+        if isinstance(m, nn.Linear):
+            nn.init.xavier_uniform_(m.weight)
+            nn.init.zeros_(m.bias)
+            if name.rpartition(".")[2] == "ada" or m in outputs:
+                nn.init.zeros_(m.weight)
