@@ -57,14 +57,31 @@ def official_table(config: DiTConfig) -> Table:
     """The released layout of DiT and SiT for this shape."""
     from ditkit.nn.positions import sincos_table
 
+    check_released(config)
     h, w = (side // config.patch_size for side in config.input_size)
     patch = Row("patch_embed", "x_embedder.proj", Convolution(config.patch_size, config.patch_size))
     positions = Derived(lambda: sincos_table(config.dim, (h, w)), tolerance=1e-6)
     return Table((patch, *OFFICIAL), config.depth, {"pos_embed": positions})
 
 
+def is_released(config: Mapping[str, Any]) -> bool:
+    """Whether other layouts have such a network: only adaLN-Zero with the fixed position code was published."""
+    return config.get("conditioning", "adaln_zero") == "adaln_zero" and config.get("positions", "sincos") == "sincos"
+
+
+def check_released(config: DiTConfig) -> None:
+    """Raise DitkitError for the networks that no other layout has."""
+    if not is_released(config.to_dict()):
+        raise DitkitError(
+            f"conditioning {config.conditioning}, positions {config.positions}",
+            allowed="adaln_zero, sincos: the only one with a released or diffusers layout",
+            hint="--to ditkit",
+        )
+
+
 def diffusers_table(config: DiTConfig) -> Table:
     """The layout of diffusers' DiTTransformer2DModel for this shape."""
+    check_released(config)
     if not config.null_label:
         raise WeightsError("the model has no null label", allowed="models with one: diffusers' DiT always has it", hint="--to official")
     patch = Row("patch_embed", "pos_embed.proj", Convolution(config.patch_size, config.patch_size))
@@ -207,7 +224,8 @@ def config_from_diffusers(values: Mapping[str, Any], where: str = "config.json",
 
 
 def config_to_diffusers(config: DiTConfig) -> dict[str, Any]:
-    """Our configuration as diffusers' config.json. Raises DitkitError for shapes that diffusers' DiT cannot have."""
+    """Our configuration as diffusers' config.json. Raises DitkitError for networks that diffusers' DiT cannot be."""
+    check_released(config)
     h, w = config.input_size
     if h != w or config.mlp_ratio != 4.0:
         raise DitkitError(
@@ -236,7 +254,8 @@ def ours_of(config: DiTConfig) -> Ours:
 
 
 def constructor_of(config: DiTConfig) -> Constructor:
-    """Our configuration as arguments of the released classes. Raises DitkitError for shapes that they cannot have."""
+    """Our configuration as arguments of the released classes. Raises DitkitError for networks that they cannot be."""
+    check_released(config)
     h, w = config.input_size
     if h != w or config.out_channels not in (config.in_channels, 2 * config.in_channels):
         raise DitkitError(
