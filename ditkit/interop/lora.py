@@ -158,6 +158,8 @@ def _tables(model: Backbone) -> dict[str, Table]:
     if not model.name or importlib.util.find_spec(name) is None:
         return {}
     module = importlib.import_module(name)
+    if hasattr(module, "is_released") and not module.is_released(model.config.to_dict()):
+        return {}
     rows = {k.lower(): getattr(module, k) for k in ("OFFICIAL", "DIFFUSERS") if hasattr(module, k)}
     return {layout: Table(r, len(model.blocks), {}) for layout, r in rows.items()}
 
