@@ -130,9 +130,9 @@ def compile_view(
     # a code object of its own: its graphs are counted apart and freed with it
     own = types.FunctionType(run_blocks.__code__.replace(), run_blocks.__globals__, "run_blocks")
     if backend == "inductor" and "mode" not in options:
-        from .inductor import CpuRewrite
+        from .inductor import settings
 
-        options["options"] = {"pre_grad_custom_pass": CpuRewrite(), **options.get("options", {})}
+        options["options"] = {**settings(), **options.get("options", {})}
     view._call = torch.compile(own, fullgraph=True, dynamic=False, backend=backend, **options)
     if num_steps is not None:
         allow_graphs(2 * count_graphs(view, num_steps))
