@@ -65,6 +65,19 @@ class Join(Rule):
         return list(ours.chunk(count))
 
 
+class Pieces(Join):
+    """As ``Join``, of unequal parts: how many rows each has (q, k, v, hidden units -> one projection)."""
+
+    def __init__(self, *rows: int) -> None:
+        self.rows = rows
+
+    def shapes(self, ours: Shape, count: int) -> list[Shape]:
+        return [(n, *ours[1:]) for n in self.rows]
+
+    def export(self, ours: Tensor, count: int) -> list[Tensor]:
+        return list(ours.split(self.rows))
+
+
 class SwapHalves(Rule):
     """The halves of the output axis change places: (scale, shift) of diffusers' AdaLayerNormContinuous is our (shift, scale).
 
@@ -104,6 +117,7 @@ class Derived:
 
     compute: Callable[[], Tensor]
     tolerance: float  # largest difference that rounding explains, for a file in fp32
+    optional: bool = False  # not every file stores it
 
 
 @dataclass(frozen=True)
@@ -116,11 +130,12 @@ class Link:
 
 @dataclass(frozen=True)
 class Table:
-    """A layout: rows, what it stores besides, and the number of blocks that fills in ``{i}`` and ``{*}``."""
+    """A layout: rows, the number of blocks that fills in ``{i}`` and ``{*}``, what it stores besides, and what of ours it cannot hold."""
 
     rows: Sequence[Row]
     depth: int
     derived: Mapping[str, Derived]
+    dropped: frozenset[str] = frozenset()
 
     def links(self) -> dict[str, Link]:
         """Our tensor name -> their names and the rule."""
@@ -139,7 +154,7 @@ class Table:
     def export(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Our tensors under their names, with what they store besides. Raises WeightsError for missing or extra names of ours."""
         links = self.links()
-        check_names("the model", links, ours)
+        check_names("the model", links, {name: value for name, value in ours.items() if name not in self.dropped})
         theirs: dict[str, Tensor] = {}
         for name, link in links.items():
             theirs.update(zip(link.theirs, link.rule.export(ours[name], len(link.theirs))))
@@ -165,7 +180,8 @@ class Renamed:
         self.where, self._read, self.table, self.expect = where, read, table, expect
         self.links = table.links()
         check_names("the name table", self.links, expect)
-        shapes: dict[str, Shape] = {name: tuple(d.compute().shape) for name, d in table.derived.items()}
+        self.derived = {name: d for name, d in table.derived.items() if name in found or not d.optional}
+        shapes: dict[str, Shape] = {name: tuple(d.compute().shape) for name, d in self.derived.items()}
         for name, link in self.links.items():
             shapes.update(zip(link.theirs, link.rule.shapes(tuple(expect[name]), len(link.theirs))))
         check_shapes(where, shapes, found)
@@ -197,7 +213,7 @@ class Renamed:
             )
 
     def _check_derived(self) -> None:
-        for name, derived in self.table.derived.items():
+        for name, derived in self.derived.items():
             stored, ours = self._read(name), derived.compute()
             rounding = float(ours.abs().max()) * torch.finfo(stored.dtype).eps if stored.is_floating_point() else 0.0
             error = float((stored.float() - ours).abs().max())
