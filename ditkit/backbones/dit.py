@@ -145,8 +145,11 @@ class DiT(Backbone):
             rope = self.rope.table(grid, x.device)
         img = Stream(tokens, grid_layout(grid, x.device), rope=rope)
         if self.config.modulated:
-            return {"img": img._replace(c=self.time(t) + prepared.shared["label"])}
+            return {"img": img._replace(c=self.conditioning(t if t.dim() == 2 else t[:, None], prepared)["img"])}
         return {"img": img, "cond": self._as_tokens(t, prepared)}
+
+    def conditioning(self, t: Tensor, prepared: Prepared) -> dict[str, Tensor]:
+        return {"img": self.time(t) + prepared.shared["label"]} if self.config.modulated else {}
 
     def _as_tokens(self, t: Tensor, prepared: Prepared) -> Stream:
         """Time and label as a stream of two tokens, without positions."""

@@ -190,6 +190,10 @@ class MMDiT(Backbone):
         noisiest = c if t.dim() == 1 else self.time(t.amax(1)) + prepared.shared["pooled"]  # where each patch has its own time
         return {"img": img, "text": Stream(text, layout, noisiest)}
 
+    def conditioning(self, t: Tensor, prepared: Prepared) -> dict[str, Tensor]:
+        c = self.time(t) + prepared.shared["pooled"]
+        return {"img": c, "text": c}
+
     def crop(self, h: int, w: int) -> Tensor:
         """(1, h w, D): the middle of the position table."""
         side = self.config.position_size

@@ -120,6 +120,13 @@ class Backbone(nn.Module):
         """x (B, C, ...), network time t (B,) or (B, N) -> streams."""
         raise NotImplementedError
 
+    def conditioning(self, t: Tensor, prepared: Prepared) -> dict[str, Tensor]:
+        """What modulates each stream at network times t (B, K): name -> (B, K, E), the ``c`` that ``embed`` gives it at each of these.
+
+        Blocks call their projections named ``STREAM.ada`` with SiLU of it. {}, the default: it is not known without x, or there is none.
+        """
+        return {}
+
     def head(self, s: Streams) -> Tensor:
         """Streams -> (B, N, P) output tokens of the main stream."""
         raise NotImplementedError
@@ -148,7 +155,7 @@ class Backbone(nn.Module):
         elif cond:
             raise DitkitError(f"prepared and {sorted(cond)} are both given", allowed="one of them")
         run.begin(guidance_pass)
-        run.t = t
+        run.t, run.prepared = t, prepared
         layers = [(m, run) for m in run.methods]
         trunk = onion(lambda s: self.head(self._trunk(s, run, prepared)), layers, "trunk")
         return onion(lambda x: self.unembed(trunk(self._enter(x, t, prepared, run)), x), layers, "predict")(x)

@@ -15,7 +15,7 @@ from .method import Method
 from .streams import Streams, put_rows, rows
 
 if TYPE_CHECKING:
-    from .backbone import Backbone
+    from .backbone import Backbone, Prepared
 
 Slots = dict[str, Tensor]
 
@@ -69,7 +69,9 @@ class Run:
         self.methods: list[Method] = [m for m in model.attached if active is None or m.label in active]
         self.step = 0
         self.first = True  # the forward under way is the first of its pass and evaluation
-        self.t: Tensor | None = None  # the network time of the forward under way
+        self.t: Tensor | None = None  # the network time of the forward under way, and its conditioning
+        self.prepared: Prepared | None = None
+        self.times: Tensor | None = None  # (num_steps,) or (num_steps, B) network times at which steps start, where a solver knows them
         self.guidance_pass: Hashable = ""
         self.evaluation = 0
         self.slots: dict[Hashable, Slots] = defaultdict(dict)  # (method, block, pass, evaluation) -> tensors

@@ -66,11 +66,13 @@ class Solver:
         """
         values = self.options.parse(options, f"solver {self.name}")
         self._check(process, run)
+        process = process.at(x.shape[1:])
         way = process.times(run.num_steps, spacing, times)
         if way[0] < way[-1] and not self.inverts:
             raise DitkitError(f"solver {self.name} along increasing times", allowed="decreasing times: from noise to data")
         if times is None and self.grid is not None:
             way = self.grid(process, way, values)
+        run.times = None if self.adaptive else process.network_time(way[:-1])
         return self.function(denoise, x, process, run, draw, way, **{key: getattr(values, key) for key in type(values).model_fields})
 
     def _check(self, process: Process, run: Run) -> None:

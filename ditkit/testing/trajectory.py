@@ -24,6 +24,7 @@ def steps(
     other = {k: v.flip(0) for k, v in cond.items()}
     both = {k: torch.cat([cond[k], other[k]]) for k in cond}
     prepared = [model.prepare(**c) for c in ((both,) if batched else (cond, other))]
+    run.times = torch.stack([t * (1 - i / num_steps) for i in range(num_steps)]).repeat(1, 2 if batched else 1)
     for i in run.steps():
         now = t * (1 - i / num_steps)
         if batched:

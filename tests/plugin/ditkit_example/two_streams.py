@@ -37,12 +37,16 @@ class TwoStreams(DiT):
             raise DitkitError(f"text is {tuple(text.shape)}", allowed="(B, L, 20)")
         length = text.shape[1]
         layout = Layout(torch.zeros(1, length, 2), length, valid=mask)
-        return Prepared({"text": self.text_in(text), "layout": layout})
+        text = self.text_in(text)
+        return Prepared({"text": text, "layout": layout, "label": text.mean(1, keepdim=True)})
 
     def embed(self, x: Tensor, t: Tensor, prepared: Prepared) -> Streams:
-        text = prepared.shared["text"]
-        s = super().embed(x, t, Prepared({"label": text.mean(1, keepdim=True)}))
-        return {**s, "text": Stream(text, prepared.shared["layout"], s["img"].c)}
+        s = super().embed(x, t, prepared)
+        return {**s, "text": Stream(prepared.shared["text"], prepared.shared["layout"], s["img"].c)}
+
+    def conditioning(self, t: Tensor, prepared: Prepared) -> dict[str, Tensor]:
+        c = super().conditioning(t, prepared)["img"]
+        return {"img": c, "text": c}
 
     @classmethod
     def tiny(cls) -> Backbone:
