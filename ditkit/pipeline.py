@@ -170,6 +170,10 @@ class Pipeline:
         Raises:
             DitkitError: a value out of range, by name; or the step and the module at which a number was not finite.
         """
+        if not hasattr(self.model.config, "num_classes"):
+            raise DitkitError(
+                f"{self.model.name} is told captions, and text encoders are not built yet", hint="give pipe.model the encoded text"
+            )
         labels = expand_labels(class_labels, num_images, self.model.config.num_classes)
         default = self.config.sampling
         steps = default.num_inference_steps if num_inference_steps is None else num_inference_steps

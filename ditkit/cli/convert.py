@@ -17,21 +17,25 @@ class Args:
     """Convert a released checkpoint, a diffusers folder or a bundle. Weights are renamed, never recomputed."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """a released DiT or SiT file (.pt, .safetensors), a diffusers folder, or a bundle"""
+    """a released file of DiT, SiT or PixArt (.pt, .pth, .safetensors), a diffusers folder, or a bundle"""
     out: Annotated[Path, tyro.conf.Positional]
     """a folder; for --to official a new .safetensors file"""
     to: Literal["ditkit", "diffusers", "official"] = "ditkit"
     """the layout to write"""
     vae: Path | None = None
     """folder of a diffusers VAE, for weights that come without one"""
-    system: Literal["dit", "sit"] | None = None
-    """which of the two a released file is: they look alike"""
+    system: Literal["dit", "sit", "pixart-alpha", "pixart-sigma"] | None = None
+    """which of two a released file is: DiT and SiT look alike, and so do the two PixArts"""
     weights: Literal["ema", "model"] = "ema"
     """which weights of a training checkpoint"""
     num_heads: int | None = None
     """of a released file of no published size"""
     null_label: bool = True
     """the last row of a released file's label table stands for no label"""
+    input_size: tuple[int, int] | None = None
+    """height and width in latent pixels, of a released file that does not say it"""
+    position_scale: float | None = None
+    """of a released PixArt that is no published checkpoint"""
     as_released: bool = False
     """diffusers DiT whose weights were converted from released ones: compute time code and norms as the released code does"""
 
@@ -44,7 +48,13 @@ def main(argv: Sequence[str]) -> int:
     from ditkit.interop.hints import Hints
 
     hints = Hints(
-        system=args.system, weights=args.weights, num_heads=args.num_heads, null_label=args.null_label, as_released=args.as_released
+        system=args.system,
+        weights=args.weights,
+        num_heads=args.num_heads,
+        null_label=args.null_label,
+        as_released=args.as_released,
+        input_size=args.input_size,
+        position_scale=args.position_scale,
     )
     opened = convert(args.source, args.out, args.to, hints, args.vae)
     config = opened.config

@@ -122,7 +122,7 @@ class Gaussian(Process):
     name = "gaussian"
     config_class = GaussianConfig
     config: GaussianConfig
-    spacings = ("linspace", "ddim", "leading", "trailing")
+    spacings = ("linspace", "ddim", "leading", "trailing", "dpm")  # of those that end at data
 
     def __init__(self, config: GaussianConfig | None = None, **values: object) -> None:
         super().__init__(config, **values)
@@ -169,14 +169,17 @@ class Gaussian(Process):
         return ((u * steps).floor() + 1).clamp(max=steps) / steps
 
     def grid(self, num_steps: int, spacing: str) -> Tensor:
-        """``spacing``: linspace (the official "K"), ddim (the official "ddimK"), leading and trailing (diffusers'), or
-        the official sections ("10,15,20", whose sum must be num_steps). One step of linspace starts at t = 1."""
+        """``spacing``: linspace (the official "K"), ddim (the official "ddimK"), leading, trailing and dpm (diffusers'), or
+        the official sections ("10,15,20", whose sum must be num_steps). One step of linspace starts at t = 1.
+        uniform: equal steps from t = 1 to 1 / T, between levels too, as the released DPM-Solver has them (PixArt): not to data."""
         steps = self.config.num_train_steps
         if spacing == "linspace":
             index = respace(steps, str(num_steps)) if num_steps > 1 else [steps - 1]
         elif spacing == "ddim":
             index = respace(steps, f"ddim{num_steps}")
-        elif spacing in ("leading", "trailing"):
+        elif spacing == "uniform":
+            return torch.linspace(1, 1 / steps, num_steps + 1, dtype=torch.float64)
+        elif spacing in ("leading", "trailing", "dpm"):
             index = respace(steps, f"{spacing}{num_steps}")
         elif spacing.replace(",", "").replace(" ", "").isdigit():
             index = respace(steps, spacing)

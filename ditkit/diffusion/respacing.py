@@ -17,11 +17,12 @@ def respace(num_train_steps: int, spec: str | Sequence[int]) -> list[int]:
         spec: "K": K steps evenly from the first to the last ("1" keeps index 0 only, as released);
             "a,b,c" or [a, b, c]: that many from each of equal sections;
             "ddimK": the smallest integer stride from 0 that gives exactly K steps;
-            "leadingK": stride T // K from 0; "trailingK": stride T / K down from T - 1 (diffusers).
+            "leadingK": stride T // K from 0; "trailingK": stride T / K down from T - 1; "dpmK": the K upper ones of K + 1 evenly from
+            first to last, which its DPM-Solver calls linspace (diffusers).
     """
-    match = re.fullmatch(r"(ddim|leading|trailing)?(\d+(?: *, *\d+)*)", spec) if isinstance(spec, str) else None
+    match = re.fullmatch(r"(ddim|leading|trailing|dpm)?(\d+(?: *, *\d+)*)", spec) if isinstance(spec, str) else None
     if isinstance(spec, str) and match is None:
-        raise DitkitError(f"spacing is {spec!r}", allowed="'K', 'a,b,c', 'ddimK', 'leadingK' or 'trailingK' with numbers")
+        raise DitkitError(f"spacing is {spec!r}", allowed="'K', 'a,b,c', 'ddimK', 'leadingK', 'trailingK' or 'dpmK' with numbers")
     kind = match[1] if match else None
     counts = [int(n) for n in match[2].split(",")] if match else [int(n) for n in spec]
     if not counts or min(counts) < 1 or sum(counts) > num_train_steps or (kind and len(counts) > 1):
@@ -30,6 +31,8 @@ def respace(num_train_steps: int, spec: str | Sequence[int]) -> list[int]:
         return _ddim(num_train_steps, counts[0])
     if kind == "leading":
         return [i * (num_train_steps // counts[0]) for i in range(counts[0])]
+    if kind == "dpm":
+        return [int(n) for n in np.linspace(0, num_train_steps - 1, counts[0] + 1).round()[1:]]
     if kind == "trailing":
         places = np.round(np.arange(num_train_steps, 0, -num_train_steps / counts[0]))[: counts[0]]
         return [int(n) - 1 for n in reversed(places)]

@@ -14,6 +14,7 @@ from ditkit.core.errors import WeightsError
 from ditkit.core.files import check_finite, read_tensors
 
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")
+_HELD = {"ema": ("ema", "state_dict_ema"), "model": ("model", "state_dict")}  # DiT's key, PixArt's
 
 
 def read_checkpoint(path: Path, weights: str = "ema") -> dict[str, Tensor]:
@@ -32,10 +33,10 @@ def read_checkpoint(path: Path, weights: str = "ema") -> dict[str, Tensor]:
     except Exception as error:  # damaged files raise almost anything
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise WeightsError(f"{path} cannot be read safely: {reason[0][:200]}", allowed="tensors and plain data") from None
-    if isinstance(data, dict) and ("ema" in data or "model" in data):
-        if weights not in data:
-            raise WeightsError(f"{path} holds no {weights!r} weights", allowed=", ".join(k for k in ("ema", "model") if k in data))
-        data = data[weights]
+    if isinstance(data, dict) and (held := {kind: key for kind, keys in _HELD.items() for key in keys if key in data}):
+        if weights not in held:
+            raise WeightsError(f"{path} holds no {weights!r} weights", allowed=", ".join(held), hint=f"--weights {next(iter(held))}")
+        data = data[held[weights]]
     if not isinstance(data, dict) or not data or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in data.items()):
         raise WeightsError(f"{path} is no table of tensors", hint="a state dict, or a training checkpoint of the released code")
     for name, value in data.items():

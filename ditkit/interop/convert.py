@@ -13,7 +13,7 @@ from ditkit.codecs.base import Codec
 from ditkit.core.errors import DitkitError, WeightsError
 from ditkit.core.files import atomic_folder, fingerprints, write_json, write_tensors
 
-from . import dit
+from .families import FAMILIES, Family, family
 from .hints import Hints
 from .layouts import WEIGHTS, is_diffusers, open_diffusers
 from .released import Note, open_released
@@ -22,7 +22,6 @@ from .tables import load_all
 
 log = logging.getLogger("ditkit")
 Layout = Literal["ditkit", "official", "diffusers"]
-TABLES = {"dit": dit}  # backbone -> its tables
 
 
 def open_any(source: str | Path, hints: Hints | None = None) -> Opened:
@@ -47,8 +46,8 @@ def convert(
         DitkitError: the source does not fit its layout, or the target layout cannot hold it.
     """
     opened, out = open_any(source, hints), Path(out)
-    if to != "ditkit" and (opened.config.methods or opened.config.backbone.name not in TABLES):
-        raise DitkitError(f"{source} to {to}", allowed=f"{', '.join(TABLES)} without methods", hint="--to ditkit")
+    if to != "ditkit" and (opened.config.methods or opened.config.backbone.name not in FAMILIES):
+        raise DitkitError(f"{source} to {to}", allowed=f"{', '.join(FAMILIES)} without methods", hint="--to ditkit")
     codec = _codec(opened, vae)
     if to == "ditkit":
         _to_bundle(opened, out, codec)
@@ -93,16 +92,16 @@ def _backbone(opened: Opened) -> Any:
 
 def _to_diffusers(opened: Opened, out: Path, codec: Codec) -> None:
     """The whole pipeline where there is a VAE, the transformer alone otherwise."""
-    tables, cfg = TABLES[opened.config.backbone.name], _backbone(opened)
+    tables, cfg = family(opened.config.backbone.name), _backbone(opened)
     weights = tables.diffusers_table(cfg).export(load_all(opened.tensors))
     config = tables.config_to_diffusers(cfg)
-    if "_ditkit" in config:
-        log.warning("diffusers computes DiT's time code with other frequencies (exponents of i / 127, not i / 128) and will differ")
+    for text in tables.differences(cfg, "diffusers"):
+        log.warning(text)
     scheduler = write_scheduler(opened.config)
     if scheduler is None:
         log.warning("diffusers has no scheduler for the %s process of these weights", opened.config.process.name)
     with atomic_folder(out) as new:
-        whole = codec.name == "vae" and scheduler is not None
+        whole = codec.name == "vae" and scheduler is not None and "text_encoder" not in tables.INDEX_KEYS  # we have none to write
         transformer = new / "transformer" if whole else new
         transformer.mkdir(exist_ok=True)
         write_tensors(transformer / WEIGHTS, weights, {"format": "pt", **fingerprints(weights)})
@@ -112,14 +111,14 @@ def _to_diffusers(opened: Opened, out: Path, codec: Codec) -> None:
             codec.write(new / "vae")
             (new / "scheduler").mkdir()
             write_json(new / "scheduler" / "scheduler_config.json", scheduler)
-            write_json(new / "model_index.json", _model_index(opened.config, scheduler))
+            write_json(new / "model_index.json", _model_index(opened.config, tables, scheduler))
 
 
-def _model_index(config: BundleConfig, scheduler: Any) -> dict[str, Any]:
+def _model_index(config: BundleConfig, tables: Family, scheduler: Any) -> dict[str, Any]:
     index: dict[str, Any] = {
-        "_class_name": "DiTPipeline",
+        "_class_name": tables.PIPELINES[0],
         "scheduler": ["diffusers", scheduler["_class_name"]],
-        "transformer": ["diffusers", "DiTTransformer2DModel"],
+        "transformer": ["diffusers", tables.CLASS],
         "vae": ["diffusers", "AutoencoderKL"],
     }
     if config.data.labels:
@@ -130,11 +129,11 @@ def _model_index(config: BundleConfig, scheduler: Any) -> dict[str, Any]:
 def _to_official(opened: Opened, out: Path) -> None:
     if out.suffix != ".safetensors" or out.exists():
         raise WeightsError(f"{out}", allowed="a new file that ends in .safetensors")
-    tables, cfg = TABLES[opened.config.backbone.name], _backbone(opened)
-    if cfg.time_freq_shift or cfg.mlp_norm_eps != 1e-6:
-        log.warning("the released code computes the time code and one norm otherwise than this model and will differ")
+    tables, cfg = family(opened.config.backbone.name), _backbone(opened)
+    for text in tables.differences(cfg, "official"):
+        log.warning(text)
     weights = tables.official_table(cfg).export(load_all(opened.tensors))
     out.parent.mkdir(parents=True, exist_ok=True)
-    system: Literal["dit", "sit"] = "dit" if opened.config.process.name == "gaussian" else "sit"
-    note = Note(system=system, constructor=tables.constructor_of(cfg), ours=tables.ours_of(cfg))
+    system: Any = tables.system_of(opened.config.process.name, cfg)
+    note = Note(system=system, constructor=tables.constructor_of(cfg).to_dict(), ours=tables.ours_of(cfg).to_dict())
     write_tensors(out, weights, {"ditkit": json.dumps(note.to_dict()), **fingerprints(weights)})

@@ -11,16 +11,25 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from ditkit.bundle import Part, Sampling
 from ditkit.core.config import Config
 from ditkit.core.errors import DitkitError, WeightsError
 
 from .hints import Hints, without_notes
+from .schedulers import gaussian
 from .tables import COPIES, JOIN, Convolution, Derived, Row, Table
 
 if TYPE_CHECKING:
+    import torch
+
     from ditkit.backbones.dit import DiTConfig
 
 Shape = tuple[int, ...]
+
+CLASS = "DiTTransformer2DModel"
+PIPELINES = ("DiTPipeline",)
+INDEX_KEYS = ("transformer", "vae", "scheduler", "id2label")
+SYSTEMS = ("dit", "sit")
 
 _BLOCK = "blocks.{i}.parts.img"
 _THEIR_BLOCK = "transformer_blocks.{i}"
@@ -157,6 +166,25 @@ def config_from_official(shapes: Mapping[str, Shape], hints: Hints, where: str =
     )
 
 
+def released_defaults(system: str, config: DiTConfig) -> tuple[Part, Sampling]:
+    """Process and sampler of the released ``sample.py``: 250 steps (of DDPM; SiT: dopri5, at most), scale 4 on the first three channels.
+
+    Twice the channels are DiT's variance, or a half that SiT discards; SiT's default is the linear path and velocity, and its time runs
+    from noise at 0 to data at 1.
+    """
+    guidance: dict[str, Any] = {"scale": 4.0, "channels": 3}
+    learned = config.out_channels == 2 * config.in_channels
+    if system == "dit":
+        return gaussian(learned), Sampling(solver="ddpm", num_inference_steps=250, guidance=guidance)
+    process = Part(name="interpolant", config={"path": "linear", "prediction": "velocity", "discard_half": learned})
+    return process, Sampling(solver="dopri5", num_inference_steps=250, guidance=guidance)
+
+
+def system_of(process: str, config: DiTConfig) -> str:
+    """Which of ``SYSTEMS`` a model with this process is."""
+    return "dit" if process == "gaussian" else "sit"
+
+
 class DiffusersDiT(Config):
     """``config.json`` of DiTTransformer2DModel, and of Transformer2DModel as DiT's first conversions have it.
 
@@ -196,6 +224,12 @@ class Ours(Config):
 
     time_freq_shift: Literal[0, 1] = 1
     mlp_norm_eps: float = 1e-5
+
+
+def is_diffusers(values: Mapping[str, Any]) -> bool:
+    """Whether this is the config.json of a DiT."""
+    name = values.get("_class_name")
+    return name == CLASS or (name == "Transformer2DModel" and values.get("norm_type", "ada_norm_zero") == "ada_norm_zero")
 
 
 def config_from_diffusers(values: Mapping[str, Any], where: str = "config.json", as_released: bool = False) -> DiTConfig:
@@ -274,3 +308,26 @@ def constructor_of(config: DiTConfig) -> Constructor:
         num_classes=config.num_classes,
         learn_sigma=config.out_channels != config.in_channels,
     )
+
+
+def differences(config: DiTConfig, to: Literal["official", "diffusers"]) -> list[str]:
+    """What the other layout's code computes otherwise."""
+    if to == "diffusers" and not config.time_freq_shift:
+        return ["diffusers computes DiT's time code with other frequencies (exponents of i / 127, not i / 128) and will differ"]
+    if to == "official" and (config.time_freq_shift or config.mlp_norm_eps != 1e-6):
+        return ["the released code computes the time code and one norm otherwise than this model and will differ"]
+    return []
+
+
+def has_live(config: Mapping[str, Any]) -> bool:
+    """Whether diffusers computes such a network."""
+    square = len(set(config["input_size"])) == 1
+    return is_released(config) and config.get("null_label", True) and square and config.get("mlp_ratio", 4.0) == 4.0
+
+
+def live_inputs(config: DiTConfig, batch: int, normal: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Conditioning for our network, and the same for diffusers' call."""
+    import torch
+
+    y = torch.linspace(0, config.num_classes, batch).round().long()
+    return {"y": y}, {"class_labels": y}

@@ -9,11 +9,13 @@ from pydantic import Field
 
 from ditkit.core.config import Config
 
+System = Literal["dit", "sit", "pixart-alpha", "pixart-sigma"]
+
 
 class Hints(Config):
     """Told by the user where the file alone leaves a choice."""
 
-    system: Literal["dit", "sit"] | None = Field(None, description="released DiT and SiT files look alike: which of the two it is")
+    system: System | None = Field(None, description="released DiT and SiT files look alike, so do those of both PixArts: which it is")
     weights: Literal["ema", "model"] = Field("ema", description="which weights of a training checkpoint that holds both")
     num_heads: int | None = Field(None, ge=1, description="attention heads; known for the published sizes")
     null_label: bool = Field(True, description="the last row of the label table stands for no label")
@@ -23,6 +25,7 @@ class Hints(Config):
         "weights were converted from released ones",
     )
     input_size: tuple[int, int] | None = Field(None, description="height and width in latent pixels; square where not given")
+    position_scale: float | None = Field(None, gt=0, description="of a released PixArt that is not one of the published checkpoints")
 
 
 NOTES = ("_class_name", "_diffusers_version", "_name_or_path")  # what diffusers writes about a file, not about the model

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -16,18 +15,12 @@ from ditkit.core.errors import ConfigError, DitkitError, WeightsError, nearest
 from ditkit.core.files import MANIFEST, TensorFile, check_names, folder_hash, verify_manifest
 from ditkit.loading import shapes_of
 
-from . import dit
 from .checkpoints import read_checkpoint
+from .families import Family, families, family
 from .hints import without_notes
 from .schedulers import read_scheduler
 from .tables import Renamed
 
-CLASSES: dict[str, tuple[str, ModuleType]] = {  # diffusers class -> backbone, its tables
-    "DiTTransformer2DModel": ("dit", dit),
-    "Transformer2DModel": ("dit", dit),
-}
-PIPELINES = ("DiTPipeline",)
-_INDEX_KEYS = ("transformer", "vae", "scheduler", "id2label")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLED_WEIGHTS = "diffusion_pytorch_model.bin"
 
@@ -66,21 +59,21 @@ def open_diffusers(folder: Path, as_released: bool = False, pickled: bool = Fals
         backbone=part,
         process=process,
         codec=codec,
-        data=DataCard(name=folder.name, shape=shape, labels=labels if len(labels) == cfg.num_classes else ()),
+        data=DataCard(name=folder.name, shape=shape, labels=labels if len(labels) == getattr(cfg, "num_classes", 0) else ()),
         sampling=sampling,
     )
     return Opened(folder, bundle, tensors, folder_hash(transformer, ["config.json", *files.names]))
 
 
-def read_transformer(path: Path, as_released: bool = False) -> tuple[str, ModuleType, Any]:
+def read_transformer(path: Path, as_released: bool = False) -> tuple[str, Family, Any]:
     """Of the class that a transformer's config.json names: our backbone, its tables, its configuration in our words."""
     values = _json(path)
-    name = values.get("_class_name")
-    if name not in CLASSES:
-        hint = nearest(str(name), CLASSES)
-        raise ConfigError(f"{path}: _class_name is {name!r}", allowed=", ".join(CLASSES), hint=hint or "this architecture is not supported")
-    backbone, tables = CLASSES[name]
-    return backbone, tables, tables.config_from_diffusers(values, str(path), as_released)
+    backbone = next((name for name, tables in families().items() if tables.is_diffusers(values)), None)
+    if backbone is None:
+        name, known = values.get("_class_name"), [tables.CLASS for tables in families().values()]
+        hint = nearest(str(name), known) or "this architecture is not supported"
+        raise ConfigError(f"{path}: _class_name is {name!r}", allowed=", ".join(known), hint=hint)
+    return backbone, family(backbone), family(backbone).config_from_diffusers(values, str(path), as_released)
 
 
 class _WeightIndex(Config):
@@ -141,10 +134,14 @@ def _json(path: Path) -> Mapping[str, Any]:
 def _read_index(path: Path) -> tuple[str, ...]:
     """Class names of a pipeline's model_index.json."""
     values = _json(path)
-    if values.get("_class_name") not in PIPELINES:
-        raise ConfigError(f"{path}: _class_name is {values.get('_class_name')!r}", allowed=", ".join(PIPELINES))
-    if unknown := [key for key in without_notes(values) if key not in _INDEX_KEYS]:
-        raise ConfigError(f"{path}: unknown key {unknown[0]!r}", allowed=", ".join(_INDEX_KEYS), hint=nearest(unknown[0], _INDEX_KEYS))
+    name = values.get("_class_name")
+    tables = next((tables for tables in families().values() if name in tables.PIPELINES), None)
+    if tables is None:
+        known = [p for tables in families().values() for p in tables.PIPELINES]
+        raise ConfigError(f"{path}: _class_name is {name!r}", allowed=", ".join(known))
+    if unknown := [key for key in without_notes(values) if key not in tables.INDEX_KEYS]:
+        allowed = ", ".join(tables.INDEX_KEYS)
+        raise ConfigError(f"{path}: unknown key {unknown[0]!r}", allowed=allowed, hint=nearest(unknown[0], tables.INDEX_KEYS))
     labels = values.get("id2label") or {}
     if not isinstance(labels, dict) or set(labels) != {str(i) for i in range(len(labels))}:
         raise ConfigError(f"{path}: id2label", allowed="a name for each label from 0")

@@ -1,31 +1,35 @@
-"""Checkpoints of the released DiT and SiT code, opened as if they were bundles. Only ``ditkit convert`` and ``verify`` read them."""
+"""Checkpoints of released code, opened as if they were bundles. Only ``ditkit convert`` and ``verify`` read them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from ditkit.bundle import BundleConfig, DataCard, Opened, Part, Sampling
+from ditkit.bundle import BundleConfig, DataCard, Opened, Part
 from ditkit.core.config import Config
 from ditkit.core.errors import DitkitError, WeightsError
 from ditkit.core.files import TensorFile, folder_hash
 from ditkit.loading import shapes_of
 
-from . import dit
 from .checkpoints import read_checkpoint
-from .hints import Hints
-from .schedulers import gaussian
+from .families import Family, families, family, family_of_system
+from .hints import Hints, System
 from .tables import Renamed
 
 
 class Note(Config):
     """What our export leaves in the metadata of a released layout, which does not say it."""
 
-    system: Literal["dit", "sit"]
-    constructor: dit.Constructor
-    ours: dit.Ours
+    system: System
+    constructor: dict[str, Any]
+    ours: dict[str, Any]
+
+    def config(self, where: str) -> Any:
+        """The network's configuration in our words."""
+        tables = family(family_of_system(self.system))
+        constructor: Any = tables.Constructor.parse(self.constructor, f"{where}: metadata")
+        return constructor.to_ours(tables.Ours.parse(self.ours, f"{where}: metadata"))
 
 
 def read_note(path: Path) -> Note | None:
@@ -41,21 +45,20 @@ def read_note(path: Path) -> Note | None:
 
 
 def open_released(path: Path, hints: Hints | None = None) -> Opened:
-    """A released DiT or SiT checkpoint in our words: weights, process, and the sampler defaults of its ``sample.py``.
+    """A released checkpoint in our words: weights, process, and the sampler defaults of its release.
 
     Raises:
         DitkitError: the keys are others, a shape cannot be, or something must be said in ``hints``.
     """
     hints = hints or Hints()
     weights = read_checkpoint(path, hints.weights)
-    if not dit.is_official(weights):
-        raise WeightsError(f"{path} is no released DiT or SiT: its first keys are {sorted(weights)[:3]}", allowed="their keys")
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    backbone, tables = _family_of(path, weights, hints)
     note = read_note(path)
-    cfg = note.constructor.to_ours(note.ours) if note else dit.config_from_official(shapes, hints, str(path))
-    part = Part(name="dit", config=cfg.to_dict())
-    tensors = Renamed(str(path), shapes, weights.__getitem__, dit.official_table(cfg), shapes_of(part))
-    process, sampling = released_defaults(hints.system or (note.system if note else "dit"), learned=cfg.out_channels == 2 * cfg.in_channels)
+    cfg = note.config(str(path)) if note else tables.config_from_official(shapes, hints, str(path))
+    part = Part(name=backbone, config=cfg.to_dict())
+    tensors = Renamed(str(path), shapes, weights.__getitem__, tables.official_table(cfg), shapes_of(part))
+    process, sampling = tables.released_defaults(hints.system or (note.system if note else tables.system_of("gaussian", cfg)), cfg)
     bundle = BundleConfig(
         backbone=part,
         process=process,
@@ -66,17 +69,11 @@ def open_released(path: Path, hints: Hints | None = None) -> Opened:
     return Opened(path, bundle, tensors, folder_hash(path.parent, [path.name]))
 
 
-def released_defaults(system: str, learned: bool) -> tuple[Part, Sampling]:
-    """Process and sampler of the released ``sample.py``: 250 steps (of DDPM; SiT: dopri5, at most), scale 4 on the first three channels.
-
-    Args:
-        system: "dit", or "sit" (linear path and velocity, its default; time runs from noise at 0 to data at 1).
-        learned: the network has twice the channels: DiT's variance, or a half that SiT discards.
-    """
-    guidance: Mapping[str, Any] = {"scale": 4.0, "channels": 3}
-    if system == "dit":
-        return gaussian(learned), Sampling(solver="ddpm", num_inference_steps=250, guidance=dict(guidance))
-    if system == "sit":
-        process = Part(name="interpolant", config={"path": "linear", "prediction": "velocity", "discard_half": learned})
-        return process, Sampling(solver="dopri5", num_inference_steps=250, guidance=dict(guidance))
-    raise DitkitError(f"system is {system!r}", allowed="dit, sit")
+def _family_of(path: Path, names: Any, hints: Hints) -> tuple[str, Family]:
+    found = next((name for name, tables in families().items() if tables.is_official(names)), None)
+    known = ", ".join(system for tables in families().values() for system in tables.SYSTEMS)
+    if found is None:
+        raise WeightsError(f"{path} is no released checkpoint of {known}: its first keys are {sorted(names)[:3]}", allowed="their keys")
+    if hints.system is not None and hints.system not in family(found).SYSTEMS:
+        raise DitkitError(f"system is {hints.system!r}", allowed=", ".join(family(found).SYSTEMS) + f", by the keys of {path}")
+    return found, family(found)

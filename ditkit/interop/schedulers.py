@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ditkit.bundle import BundleConfig, Part, Sampling
 from ditkit.core.config import Config, read_data
@@ -44,7 +45,38 @@ class _DDPM(_Betas):
     variance_type: Literal["fixed_small", "fixed_large", "learned_range", "learned"] = "fixed_small"
 
 
-SCHEDULERS: dict[str, tuple[str, type[_Betas]]] = {"DDIMScheduler": ("ddim", _DDIM), "DDPMScheduler": ("ddpm", _DDPM)}
+class _DPM(_Betas):
+    timestep_spacing: Literal["trailing", "linspace"] = "linspace"
+    algorithm_type: Literal["dpmsolver++"] = "dpmsolver++"
+    solver_order: Literal[2] = 2
+    solver_type: Literal["midpoint"] = "midpoint"
+    lower_order_final: Literal[True] = True
+    euler_at_final: Literal[False] = False
+    final_sigmas_type: Literal["zero"] = "zero"
+    lambda_min_clipped: Any = None
+    variance_type: Literal["learned", "learned_range"] | None = None
+    use_karras_sigmas: Literal[False] | None = False
+    use_exponential_sigmas: Literal[False] | None = False
+    use_beta_sigmas: Literal[False] | None = False
+    use_lu_lambdas: Literal[False] | None = False
+    use_flow_sigmas: Literal[False] | None = False
+    use_dynamic_shifting: Literal[False] | None = False
+    flow_shift: float | None = 1.0  # of flows only
+    time_shift_type: str = "exponential"
+
+    @field_validator("lambda_min_clipped")
+    @classmethod
+    def _not_clipped(cls, value: Any) -> Any:
+        if value not in (None, -math.inf):
+            raise ValueError("only -Infinity, no clipping")
+        return value
+
+
+SCHEDULERS: dict[str, tuple[str, type[_Betas]]] = {
+    "DDIMScheduler": ("ddim", _DDIM),
+    "DDPMScheduler": ("ddpm", _DDPM),
+    "DPMSolverMultistepScheduler": ("dpm++2m", _DPM),
+}
 _PREDICTION = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
 
@@ -68,8 +100,11 @@ def read_scheduler(path: Path, learned: bool) -> tuple[Part, Sampling]:
         schedule=cfg.beta_schedule,
         beta_range=None if cfg.beta_schedule == "squaredcos_cap_v2" else [cfg.beta_start, cfg.beta_end],
         prediction=_PREDICTION[cfg.prediction_type],
-        **({"variance": cfg.variance_type} if not learned and getattr(cfg, "variance_type", "").startswith("fixed") else {}),
+        **({"variance": cfg.variance_type} if not learned and str(getattr(cfg, "variance_type", "")).startswith("fixed") else {}),
     )
+    if solver == "dpm++2m":
+        spacing = "dpm" if cfg.timestep_spacing == "linspace" else cfg.timestep_spacing
+        return process, Sampling(solver=solver, num_inference_steps=20, guidance={"scale": 4.5}, options={"spacing": spacing})
     options = {"spacing": cfg.timestep_spacing, "clip": cfg.clip_sample}
     return process, Sampling(solver=solver, num_inference_steps=50, guidance={"scale": 4.0}, options=options)
 
@@ -86,7 +121,7 @@ def write_scheduler(config: BundleConfig) -> dict[str, Any] | None:
     if config.process.name != "gaussian":
         return None
     cfg = GaussianConfig.parse(config.process.config, "process gaussian")
-    name = "DDPMScheduler" if config.sampling.solver == "ddpm" else "DDIMScheduler"
+    name = {"ddpm": "DDPMScheduler", "dpm++2m": "DPMSolverMultistepScheduler"}.get(config.sampling.solver, "DDIMScheduler")
     options = config.sampling.options
     spacing = options.get("spacing", "linspace")
     scale = 1000 / cfg.num_train_steps
@@ -99,8 +134,10 @@ def write_scheduler(config: BundleConfig) -> dict[str, Any] | None:
         "beta_schedule": cfg.schedule,
         "prediction_type": {ours: theirs for theirs, ours in _PREDICTION.items()}[cfg.prediction],
         "timestep_spacing": spacing if spacing in ("leading", "trailing", "linspace") else "leading",
-        "clip_sample": options.get("clip", False),
     }
+    if name == "DPMSolverMultistepScheduler":
+        return {**values, "timestep_spacing": "trailing" if spacing == "trailing" else "linspace"}
+    values["clip_sample"] = options.get("clip", False)
     if name == "DDPMScheduler":
         values["variance_type"] = "fixed_small" if cfg.variance == "fixed_small" else "fixed_large"
     return values

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,14 @@ from ditkit.diffusion import noise
 from ditkit.loading import load_model
 
 from .checkpoints import read_checkpoint
-from .convert import TABLES, open_any
+from .convert import open_any
+from .families import FAMILIES, family
 from .hints import Hints
 from .layouts import open_weights
 from .tables import Renamed
 
 RECORD = "ditkit-verified.json"
+_SEEDS = [0, 1, 2, 3]
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
@@ -94,9 +97,8 @@ def verify(
 
 def has_live(opened: Opened) -> bool:
     """Whether diffusers has a model for these weights."""
-    tables = TABLES.get(opened.config.backbone.name)
-    cfg = opened.config.backbone.config
-    return tables is not None and cfg.get("null_label", True) and len(set(cfg["input_size"])) == 1 and cfg.get("mlp_ratio", 4.0) == 4.0
+    backbone = opened.config.backbone
+    return backbone.name in FAMILIES and family(backbone.name).has_live(backbone.config)
 
 
 @torch.no_grad()
@@ -108,25 +110,36 @@ def against_diffusers(opened: Opened, weights: Mapping[str, Tensor], dtype: torc
     ours, _ = load_model(_with(opened, weights), dtype, torch.device(device))
     cfg: Any = ours.config
     theirs = nn.Module.to(live_model(opened, weights), device, dtype)
-    x = noise.normal([0, 1, 2, 3], 0, "verify", (cfg.in_channels, *cfg.input_size)).to(device, dtype)
+    x = noise.normal(_SEEDS, 0, "verify", (cfg.in_channels, *cfg.input_size)).to(device, dtype)
     t = torch.tensor([1, 250, 500, 999], device=device)
-    y = torch.tensor([0, cfg.num_classes // 2, cfg.num_classes - 1, cfg.num_classes], device=device)
-    a, b = ours(x, t, y=y).double(), theirs(x, t, class_labels=y).sample.double()
+    draw = partial(noise.normal, _SEEDS, 0)
+    cond, call = (_on(values, device, dtype) for values in family(ours.name).live_inputs(cfg, len(x), draw))
+    a, b = ours(x, t, **cond).double(), theirs(x, timestep=t, **call).sample.double()
     return float((a - b).norm() / b.norm())
 
 
+def _on(values: Any, device: str, dtype: torch.dtype) -> Any:
+    """Tensors in nested dicts, moved; floats cast."""
+    if isinstance(values, dict):
+        return {name: _on(value, device, dtype) for name, value in values.items()}
+    if isinstance(values, Tensor):
+        return values.to(device, dtype if values.is_floating_point() else values.dtype)
+    return values
+
+
 def live_model(opened: Opened, weights: Mapping[str, Tensor]) -> Any:
-    """diffusers' DiTTransformer2DModel with these weights; its time code has the frequencies that the weights were trained with."""
-    tables = TABLES[opened.config.backbone.name]
+    """diffusers' model with these weights; its time code has the frequencies that the weights were trained with."""
+    tables = family(opened.config.backbone.name)
     with quiet_imports():
-        cls = require("diffusers", "dev").DiTTransformer2DModel
+        cls = getattr(require("diffusers", "dev"), tables.CLASS)
     from ditkit.loading import backbone_config
 
     cfg: Any = backbone_config(opened.config.backbone)[1]
     model: nn.Module = cls(**{k: v for k, v in tables.config_to_diffusers(cfg).items() if not k.startswith("_")})
+    shift: Any = getattr(cfg, "time_freq_shift", 0)
     for module in model.modules():
         if hasattr(module, "downscale_freq_shift"):
-            module.downscale_freq_shift = cfg.time_freq_shift
+            module.downscale_freq_shift = shift
     model.load_state_dict(_their_weights(opened) or tables.diffusers_table(cfg).export(weights))
     return model.eval()
 

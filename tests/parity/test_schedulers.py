@@ -1,5 +1,6 @@
 """Solvers against diffusers' schedulers, live, on a made-up network in float32."""
 
+import numpy as np
 import pytest
 import torch
 from golden import relative
@@ -18,6 +19,7 @@ with quiet_imports():
         EDMEulerScheduler,
         FlowMatchEulerDiscreteScheduler,
     )
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore:__array__ implementation")]  # diffusers with numpy 2
 TOLERANCE = 1e-4
@@ -148,9 +150,38 @@ def test_flow_match_times():
     assert (Flow(shift=3.0).times(1000, "linspace")[:-1] - built).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("num_steps", [4, 28])
+def test_flow_match_times_of_a_static_shift(num_steps):
+    """As diffusers samples SD3: its range comes from a table that is shifted already (A03)."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(num_steps)
+    assert (Flow(shift=3.0).times(num_steps, "twice") - scheduler.sigmas).abs().max() < 1e-6
+    assert num_steps != 28 or float(scheduler.sigmas[-2]) == pytest.approx(0.0089, abs=1e-4)
+    same(ours("euler", Flow(shift=3.0), num_steps, spacing="twice"), theirs(scheduler, noisy=False))
+
+
+@pytest.mark.parametrize("sides", [(32, 32), (64, 96), (160, 160)])
+def test_flow_match_times_of_a_dynamic_shift(sides):
+    """As diffusers samples FLUX: steps 1, 1 - 1/n, ... 1/n, shifted by e^mu, mu linear in the tokens."""
+    scheduler, n = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0), 12
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / n, n), mu=calculate_shift(sides[0] * sides[1] // 4))
+    assert (Flow(resolution="exponential").at((16, *sides)).times(n) - scheduler.sigmas).abs().max() < 1e-6
+
+
 def test_edm_euler():
     scheduler = EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, rho=7.0)
     scheduler.set_timesteps(50)
     process = EDM()
     assert (80 * process.times(50) - scheduler.sigmas).abs().max() < 1e-4
     same(ours("euler", process, 50), theirs(scheduler, scale=80.0, noisy=False))
+
+
+@pytest.mark.parametrize("num_steps", [10, 20, 25])
+def test_dpm_solver_times(num_steps):
+    """Its "linspace" is our spacing dpm: the last of the evenly spaced levels is left out."""
+    scheduler = DPMSolverMultistepScheduler()
+    scheduler.set_timesteps(num_steps)
+    assert Gaussian().network_time(Gaussian().times(num_steps, "dpm")[:-1]).tolist() == scheduler.timesteps.tolist()
+    scheduler = DPMSolverMultistepScheduler(timestep_spacing="trailing")
+    scheduler.set_timesteps(num_steps)
+    assert Gaussian().network_time(Gaussian().times(num_steps, "trailing")[:-1]).tolist() == scheduler.timesteps.tolist()
