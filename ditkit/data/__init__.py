@@ -64,7 +64,7 @@ def load(name: str, split: Split = "train", **options: Any) -> Dataset:
         raise DitkitError(f"split is {split!r}", allowed="'train' or 'test'")
     if name not in EMBEDDED:
         if "/" in name or Path(name).exists():
-            from .folder import open_path
+            from .paths import open_path
 
             own: Dataset = open_path(name, split, **options)
             return own

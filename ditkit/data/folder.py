@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,12 @@ from tqdm import tqdm
 
 from ditkit.core.errors import DitkitError
 
-from . import NoSplit
 from .pictures import ImageConfig, Kind, Pictures, held_out, refuse_missing, scanned
-from .scan import Fault, Member, Sample
+from .scan import Fault, Listing, Member, Sample
+from .splits import split_folder, splits
 from .transforms import SUFFIXES
 
 _UNREADABLE = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".tga", ".exr", ".hdr")
-_SPLITS = {"train": "train", "valid": "test", "validation": "test", "val": "test", "test": "test"}  # folder -> split
 
 
 class ImageFolder(Pictures):
@@ -44,36 +42,6 @@ class ImageFolder(Pictures):
         found = scanned(folder, samples, faults, config, progress)
         pictures = found.pictures if folder != Path(root) else held_out(found.pictures, config.test_fraction, split)
         super().__init__(str(root), kind, _labels(Path(root), samples), found, pictures, config)
-
-
-@dataclass
-class Listing:
-    """The files of a folder: samples in the order of their names, and files that can be no sample."""
-
-    samples: list[Sample] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
-
-
-def split_folder(root: Path, split: str) -> Path:
-    """``root/split`` where all folders of root are named after splits, else ``root``."""
-    there = splits(root)
-    if not there:
-        return root
-    if split not in there:
-        raise NoSplit(f"{root} has no split {split!r}", allowed=", ".join(there), hint=f"make {root / split}")
-    return there[split]
-
-
-def splits(root: Path) -> dict[str, Path]:
-    """The folders of the splits, where root holds nothing else: a class may well be called train."""
-    if not root.is_dir():
-        raise DitkitError(
-            f"{root} is no folder", allowed="a folder of pictures, of .tar shards or of cached latents", hint="check the path"
-        )
-    names = {p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")}
-    if not names <= set(_SPLITS):
-        return {}
-    return {split: root / name for name, split in _SPLITS.items() if name in names}
 
 
 def list_folder(root: Path, progress: bool = True) -> Listing:
@@ -173,19 +141,3 @@ def _labels(root: Path, samples: Sequence[Sample]) -> list[str]:
         for folder in splits(root).values():
             found |= {p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")}
     return sorted(found)
-
-
-def open_path(path: str | Path, split: str = "train", *, progress: bool = True, **options: Any) -> Any:
-    """The data set in a folder: cached latents, ``.tar`` shards, or pictures. Or in one ``.tar`` file."""
-    from .latents import INDEX, LatentSet
-    from .shards import ImageShards
-
-    root = Path(path)
-    if root.is_file() and root.suffix == ".tar":
-        return ImageShards(root, split, progress=progress, **options)
-    folders = [root, *splits(root).values()]
-    if any((folder / INDEX).is_file() for folder in folders):
-        return LatentSet(root, split, **options)
-    if any(any(folder.glob("*.tar")) for folder in folders):
-        return ImageShards(root, split, progress=progress, **options)
-    return ImageFolder(root, split, progress=progress, **options)

@@ -19,7 +19,7 @@ from ditkit.core.files import TensorFile
 from ditkit.diffusion.noise import normal
 
 from . import NoSplit
-from .folder import split_folder
+from .splits import split_folder
 from .transforms import check_indices, mirrored, sample_seeds
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,6 +77,14 @@ class Fault(NamedTuple):
     name: str
     reason: str
     offset: int | None = None
+
+
+@dataclass
+class Listing:
+    """The files of a folder: samples in the order of their names, and files that can be no sample."""
+
+    samples: list[Sample] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

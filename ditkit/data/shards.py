@@ -23,9 +23,9 @@ from ditkit.core.config import Config, read_data
 from ditkit.core.errors import DitkitError
 from ditkit.core.files import atomic_folder, write_json
 
-from .folder import Listing, split_folder
 from .pictures import ImageConfig, Kind, Pictures, held_out, refuse_missing, scanned
-from .scan import Fault, Member, Sample, read_member
+from .scan import Fault, Listing, Member, Sample, read_member
+from .splits import split_folder
 from .transforms import SUFFIXES
 
 if TYPE_CHECKING:
