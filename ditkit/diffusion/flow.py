@@ -1,15 +1,18 @@
 """Rectified flow (2209.03003; flow matching, 2210.02747): a straight path from data to noise, and its velocity.
 
-x_t = (1 - t) x0 + t eps; the network says dx_t/dt = eps - x0. Training times are uniform or logit-normal (SD3, 2403.03206,
-section 3.1), and may be shifted towards noise, as may the steps of a sampler: t' = s t / (1 + (s - 1) t) (SD3, eq. 23).
+x_t = (1 - t) x0 + t eps; the network says dx_t/dt = eps - x0. Training times are uniform, logit-normal or drawn by mode (SD3,
+2403.03206, section 3.1), and may be shifted towards noise, as may the steps of a sampler: t' = s t / (1 + (s - 1) t) (SD3, eq. 23).
+More pixels need more noise to hide as much: s may grow with the resolution, by a rule of SD3 or of FLUX.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from ditkit.core.config import Config
@@ -25,13 +28,32 @@ class FlowConfig(Config):
     network_time: TimeConvention = Field(
         "thousand", description="what the network is told: thousand: 1000 t; unit: t; sit: 1 - t, and its velocity is along 1 - t too"
     )
-    time_sampling: Literal["uniform", "logit_normal"] = Field("uniform", description="how training times are drawn")
+    time_sampling: Literal["uniform", "logit_normal", "mode"] = Field("uniform", description="how training times are drawn")
     logit_mean: float = Field(0.0, description="of logit-normal times; above 0 towards noise")
     logit_std: float = Field(1.0, gt=0)
+    mode_scale: float = Field(
+        1.29, ge=-1, le=2 / (math.pi - 2), description="of times drawn by mode: above 0 more in the middle, below 0 more at the ends"
+    )
     train_shift: float = Field(1.0, gt=0, description="shift of the training times; 1: none")
     shift: float = Field(1.0, gt=0, description="shift of a sampler's times; 1: none, 3: SD3")
+    resolution: Literal["none", "sqrt", "exponential"] = Field(
+        "none",
+        description="a factor on both shifts by the area, the number of latent pixels. sqrt: sqrt(area / base_area) (SD3, eq. 23); "
+        "exponential: e^mu, mu linear in the area (FLUX)",
+    )
+    base_area: int = Field(16384, ge=1, description="area at which the factor of sqrt is 1")
+    mu: tuple[tuple[int, float], tuple[int, float]] = Field(
+        ((1024, 0.5), (16384, 1.15)), description="two areas, and mu at each; FLUX counts tokens, of four latent pixels each: 256 and 4096"
+    )
     num_train_steps: int = Field(1000, ge=1, description="only for the spacing 'linspace', whose last step starts at 1 / num_train_steps")
     discard_half: bool = Field(False, description="the network has a second half of output channels that means nothing (SiT's learn_sigma)")
+
+    @field_validator("mu")
+    @classmethod
+    def _two_areas(cls, mu: tuple[tuple[int, float], tuple[int, float]]) -> tuple[tuple[int, float], tuple[int, float]]:
+        if not 0 < mu[0][0] < mu[1][0]:
+            raise ValueError("two ascending areas are needed")
+        return mu
 
 
 class Flow(Process):
@@ -40,7 +62,7 @@ class Flow(Process):
     name = "flow"
     config_class = FlowConfig
     config: FlowConfig
-    spacings = ("uniform", "linspace")
+    spacings = ("uniform", "linspace", "twice")
     continuous = True
 
     def output_channels(self, channels: int) -> int:
@@ -57,19 +79,40 @@ class Flow(Process):
     def network_time(self, t: Time) -> Tensor:
         return told(self.config.network_time, t)
 
+    def at(self, shape: Sequence[int]) -> Flow:
+        """The flow with both shifts settled for data of ``shape`` (C, H, W)."""
+        cfg = self.config
+        if cfg.resolution == "none":
+            return self
+        area = math.prod(shape[1:])
+        if cfg.resolution == "sqrt":
+            factor = math.sqrt(area / cfg.base_area)
+        else:
+            (low, mu), (high, top) = cfg.mu
+            factor = math.exp(mu + (top - mu) * (area - low) / (high - low))
+        settled = {"resolution": "none", "shift": factor * cfg.shift, "train_shift": factor * cfg.train_shift}
+        return Flow(cfg.model_copy(update=settled))
+
     def sample_time(self, u: Tensor) -> Tensor:
         cfg = self.config
         if cfg.time_sampling == "logit_normal":
             tiny = 2.0**-25  # u = 0 would be t = 0 exactly
             u = torch.sigmoid(cfg.logit_mean + cfg.logit_std * torch.special.ndtri(u.clamp(tiny, 1 - tiny)))
+        elif cfg.time_sampling == "mode":
+            u = 1 - u - cfg.mode_scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)  # SD3, eq. 20
         return shift_time(u, cfg.train_shift)
 
     def grid(self, num_steps: int, spacing: str) -> Tensor:
-        """uniform: from 1 to 0 in equal steps; linspace: the last step starts at 1 / num_train_steps (diffusers). Then shifted, once."""
+        """uniform: from 1 to 0 in equal steps; linspace: the last step starts at 1 / num_train_steps. Then shifted, once.
+
+        twice: as linspace, where the last start has been shifted before: what diffusers' scheduler does with a static shift.
+        """
         if spacing not in self.spacings:
             raise self.refuse_spacing(spacing)
-        if spacing == "linspace":
-            starts = torch.linspace(1, 1 / self.config.num_train_steps, num_steps, dtype=torch.float64)
+        if spacing in ("linspace", "twice"):
+            last = torch.tensor(1 / self.config.num_train_steps, dtype=torch.float64)
+            last = shift_time(last, self.config.shift) if spacing == "twice" else last
+            starts = torch.linspace(1, float(last), num_steps, dtype=torch.float64)
             t = torch.cat([starts, starts.new_zeros(1)])
         else:
             t = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)

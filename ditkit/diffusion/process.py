@@ -130,6 +130,10 @@ class Process(ABC):
         """d alpha / dt and d sigma / dt, of continuous processes."""
         raise DitkitError(f"the {self.name} process has no rates", allowed="continuous processes: flow, interpolant, edm")
 
+    def at(self, shape: Sequence[int]) -> Process:
+        """The process for data of ``shape`` (C, H, W): times that depend on the resolution are settled (flow)."""
+        return self
+
     def network_input(self, x_t: Tensor, t: Time) -> Tensor:
         """x_t as the network sees it; EDM scales it."""
         return x_t

@@ -80,7 +80,7 @@ class Diffusion(Objective):
 
     def loss(self, model: Any, batch: Mapping[str, Tensor]) -> Losses:
         x0, noise = batch["x"], batch["noise"]
-        t = self.process.sample_time(batch["time"])
+        t = self.process.at(x0.shape[1:]).sample_time(batch["time"])
         x_t = self.process.add_noise(x0, noise, t)
         cond = self.conditioning(model, batch)
         output = model(self.process.network_input(x_t, t), self.process.network_time(t), **cond)

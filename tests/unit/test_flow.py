@@ -1,10 +1,13 @@
 """Rectified flow: the path, its times, and the shift that is applied once."""
 
+import math
+
 import pytest
 import torch
 
 from ditkit.core.errors import ConfigError, DitkitError
 from ditkit.diffusion.flow import Flow, shift_time
+from ditkit.diffusion.solvers import SOLVERS
 
 
 def test_the_path_and_its_velocity():
@@ -72,6 +75,65 @@ def test_training_times():
     ends = Flow(time_sampling="logit_normal").sample_time(torch.tensor([0.0, 1 - 2**-24]))
     assert ((ends > 0) & (ends < 1)).all()
     assert torch.allclose(Flow(train_shift=3.0).sample_time(u), shift_time(u, 3.0))
+
+
+def test_mode_sampling_is_a_map_of_the_unit_interval_onto_itself():
+    """SD3, eq. 20: scale 0 is uniform; above 0 the middle gets more, symmetrically; at -1 t = cos^2(pi u / 2)."""
+    u = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    assert torch.allclose(Flow(time_sampling="mode", mode_scale=0.0).sample_time(u), 1 - u)
+    assert torch.allclose(Flow(time_sampling="mode", mode_scale=-1.0).sample_time(u), torch.cos(torch.pi / 2 * u) ** 2)
+    t = Flow(time_sampling="mode").sample_time(u)
+    assert (t.diff() <= 1e-12).all()
+    assert t[[0, 500, 1000]].tolist() == pytest.approx([1, 0.5, 0])
+    assert float(((t > 0.25) & (t < 0.75)).double().mean()) > 0.6
+    with pytest.raises(ConfigError, match="mode_scale"):
+        Flow(time_sampling="mode", mode_scale=1.8)
+
+
+def test_sd3s_shift_grows_with_the_side():
+    """Eq. 23: sqrt of the ratio of areas, a factor on both shifts; shifts compose by multiplication."""
+    flow = Flow(resolution="sqrt", shift=3.0, train_shift=2.0)
+    assert flow.at((16, 128, 128)).config.shift == 3
+    wide = flow.at((16, 256, 64))
+    assert wide.config.shift == 3
+    large = flow.at((16, 256, 256))
+    assert (large.config.shift, large.config.train_shift) == (6, 4)
+    assert large.at((16, 8, 8)) is large
+    u = torch.linspace(0, 1, 11)
+    assert torch.allclose(large.sample_time(u), shift_time(shift_time(u, 2.0), 2.0))
+
+
+def test_fluxs_shift_is_exponential_in_the_tokens():
+    flow = Flow(resolution="exponential")
+    assert flow.at((16, 32, 32)).config.shift == pytest.approx(math.exp(0.5))
+    assert flow.at((16, 128, 128)).config.shift == pytest.approx(math.exp(1.15))
+    t = flow.at((16, 64, 96)).times(4)
+    mu = 0.5 + 0.65 * (64 * 96 / 4 - 256) / (4096 - 256)
+    assert t[1:-1].tolist() == pytest.approx([math.exp(mu) / (math.exp(mu) + 1 / s - 1) for s in (0.75, 0.5, 0.25)])
+    with pytest.raises(ConfigError, match="ascending areas"):
+        Flow(mu=((2, 0.5), (1, 1.0)))
+
+
+def test_a_process_without_such_rules_is_the_same_at_every_resolution():
+    flow = Flow(shift=3.0)
+    assert flow.at((4, 8, 8)) is flow
+
+
+def test_solvers_settle_the_resolution():
+    told = []
+
+    class Run:
+        num_steps, methods, times = 2, (), None
+
+        def steps(self):
+            yield from range(2)
+
+    def denoise(x, t):
+        told.append(float(t))
+        return torch.zeros_like(x)
+
+    SOLVERS["euler"](denoise, torch.zeros(1, 1, 4, 4), Flow(resolution="sqrt", base_area=4), Run(), lambda *a: None)
+    assert told == [1.0, pytest.approx(2 / 3)]
 
 
 def test_what_the_network_is_told():
