@@ -28,6 +28,7 @@ from ditkit.nn.embeddings import TimeEmbed
 from ditkit.nn.kv_down import KVDown
 from ditkit.nn.patches import PatchEmbed, unpatchify
 from ditkit.nn.positions import sincos_table, stretched
+from ditkit.nn.text import check_batch
 
 from .dit import DiT, draw_parameters
 
@@ -150,7 +151,7 @@ class PixArt(Backbone):
             size: (B, 2) height and width in pixels, for a model with micro-conditions.
             aspect: (B, 1) height / width; by default that of ``size``.
         """
-        layout = self.caption.check(text, mask)
+        layout = self.caption.layout(text, mask)
         if (self.micro is None) != (size is None) or (size is None and aspect is not None):
             has = "no micro-conditions" if self.micro is None else "micro-conditions"
             raise DitkitError(
@@ -187,6 +188,7 @@ class PixArt(Backbone):
         cfg, shared = self.config, prepared.shared
         if x.dim() != 4 or x.shape[1] != cfg.in_channels:
             raise DitkitError(f"x is {tuple(x.shape)}", allowed=f"(B, {cfg.in_channels}, H, W)")
+        check_batch(x, shared["text"])
         grid = self.patch_embed.grid(x)
         table = sincos_table(cfg.dim, stretched(grid, cfg.position_base, cfg.position_scale), x.device)
         time = self.time(t) if shared["micro"] is None else self.time(t) + shared["micro"]
@@ -202,21 +204,18 @@ class PixArt(Backbone):
 
     @classmethod
     def tiny(cls) -> PixArt:
+        """All of alpha and Sigma; ``tinies`` has the network without."""
+        return cls._small(micro_conditions=True, kv_ratio=2, kv_blocks=(0, 1))
+
+    @classmethod
+    def tinies(cls) -> dict[str, Backbone]:
+        return {"": cls.tiny(), "plain": cls._small()}
+
+    @classmethod
+    def _small(cls, **more: Any) -> PixArt:
         torch.manual_seed(0)
-        config = PixArtConfig(
-            input_size=(8, 12),
-            dim=24,
-            depth=2,
-            num_heads=3,
-            mlp_ratio=2.0,
-            text_dim=10,
-            text_length=6,
-            micro_conditions=True,
-            position_base=4,
-            kv_ratio=2,
-            kv_blocks=(1,),
-        )
-        return draw_parameters(cls(config)).eval()
+        sizes = dict(input_size=(8, 12), dim=24, depth=2, num_heads=3, mlp_ratio=2.0, text_dim=10, text_length=6, position_base=4)
+        return draw_parameters(cls(PixArtConfig(**sizes, **more))).eval()  # type: ignore[arg-type]
 
     def example(self, batch: int = 2, seed: int = 0) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         cfg, g = self.config, torch.Generator().manual_seed(seed)

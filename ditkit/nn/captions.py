@@ -10,6 +10,7 @@ from ditkit.core.streams import Layout
 
 from .embeddings import TimeEmbed
 from .layers import Mlp
+from .text import text_layout
 
 
 class CaptionProjection(Mlp):
@@ -18,18 +19,9 @@ class CaptionProjection(Mlp):
     def __init__(self, text_dim: int, dim: int) -> None:
         super().__init__(text_dim, dim, dim)
 
-    def check(self, text: Tensor, mask: Tensor | None) -> Layout:
-        """The layout of a caption: tokens without places, of which ``mask`` (B, L) says which are there; None: all are.
-
-        Raises:
-            DitkitError: the text is not (B, L, D_text), or the mask not (B, L) of booleans or integers.
-        """
-        if text.dim() != 3 or text.shape[-1] != self.fc1.in_features or not text.shape[1]:
-            raise DitkitError(f"text is {tuple(text.shape)}", allowed=f"(B, L, {self.fc1.in_features}), the text encoder's last states")
-        if mask is not None and (mask.shape != text.shape[:2] or mask.is_floating_point()):
-            raise DitkitError(f"mask is {tuple(mask.shape)} of {mask.dtype}", allowed=f"{tuple(text.shape[:2])}, true where a token is")
-        places = torch.zeros(1, text.shape[1], 2, device=text.device)
-        return Layout(places, text.shape[1], valid=None if mask is None else mask.bool())
+    def layout(self, text: Tensor, mask: Tensor | None = None) -> Layout:
+        """See ``text_layout``."""
+        return text_layout(text, mask, self.fc1.in_features)
 
     def forward(self, text: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(text.to(self.fc1.bias.dtype))  # its weight may be int8

@@ -10,21 +10,26 @@ from ditkit.core.errors import DitkitError
 from ditkit.core.streams import Layout
 
 
+def text_layout(text: Tensor, mask: Tensor | None, width: int) -> Layout:
+    """Tokens without places, of which ``mask`` (B, L) says which are there; None: all are.
+
+    Raises:
+        DitkitError: the text is not (B, L, width), or the mask not (B, L) of booleans or integers.
+    """
+    if text.dim() != 3 or text.shape[-1] != width or not text.shape[1]:
+        raise DitkitError(f"text is {tuple(text.shape)}", allowed=f"(B, L, {width}), the text encoder's last states")
+    if mask is not None and (mask.shape != text.shape[:2] or mask.is_floating_point()):
+        raise DitkitError(f"mask is {tuple(mask.shape)} of {mask.dtype}", allowed=f"{tuple(text.shape[:2])}, true where a token is")
+    places = torch.zeros(1, text.shape[1], 2, device=text.device)
+    return Layout(places, text.shape[1], valid=None if mask is None else mask.bool())
+
+
 class TextTokens(nn.Linear):
     """The states of text encoders -> tokens of the network's width: (B, L, D_text) -> (B, L, D)."""
 
     def layout(self, text: Tensor, mask: Tensor | None = None) -> Layout:
-        """Tokens without places, of which ``mask`` (B, L) says which are there; None: all are.
-
-        Raises:
-            DitkitError: the text is not (B, L, D_text), or the mask not (B, L) of booleans or integers.
-        """
-        if text.dim() != 3 or text.shape[-1] != self.in_features or not text.shape[1]:
-            raise DitkitError(f"text is {tuple(text.shape)}", allowed=f"(B, L, {self.in_features}), the text encoder's last states")
-        if mask is not None and (mask.shape != text.shape[:2] or mask.is_floating_point()):
-            raise DitkitError(f"mask is {tuple(mask.shape)} of {mask.dtype}", allowed=f"{tuple(text.shape[:2])}, true where a token is")
-        places = torch.zeros(1, text.shape[1], 2, device=text.device)
-        return Layout(places, text.shape[1], valid=None if mask is None else mask.bool())
+        """See ``text_layout``."""
+        return text_layout(text, mask, self.in_features)
 
     def forward(self, text: Tensor) -> Tensor:
         return super().forward(text.to(self.bias.dtype))

@@ -226,6 +226,13 @@ def test_wrong_captions_are_named(text: torch.Tensor, mask: torch.Tensor | None,
         drawn().prepare(text=text, mask=mask)
 
 
+def test_as_many_captions_as_pictures() -> None:
+    model = drawn()
+    x, t, cond = model.example(3)
+    with pytest.raises(DitkitError, match="2 pictures and 3 texts"):
+        model(x[:2], t[:2], **cond)
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [
