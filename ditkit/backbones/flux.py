@@ -216,6 +216,10 @@ class Flux(Backbone):
         img = Stream(self.patch_embed(x), grid_layout(grid, x.device), c, self.rope.table((1, *grid), x.device))
         return {"img": img, "text": Stream(text, layout, noisiest)}  # text stands at 0, where nothing is turned
 
+    def conditioning(self, t: Tensor, prepared: Prepared) -> dict[str, Tensor]:
+        c = self.time(1000 * t) + prepared.shared["vector"]
+        return {"text": c, "img": c, "both": c}
+
     def head(self, s: Streams) -> Tensor:
         img = s["img"]
         return self.final(img.x, img.c)

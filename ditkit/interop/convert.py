@@ -98,10 +98,11 @@ def _to_diffusers(opened: Opened, out: Path, codec: Codec) -> None:
     for text in tables.differences(cfg, "diffusers"):
         log.warning(text)
     scheduler = write_scheduler(opened.config)
-    if scheduler is None:
+    alone = "text_encoder" in tables.INDEX_KEYS  # we have none to write
+    if scheduler is None and not alone:
         log.warning("diffusers has no scheduler for the %s process of these weights", opened.config.process.name)
     with atomic_folder(out) as new:
-        whole = codec.name == "vae" and scheduler is not None and "text_encoder" not in tables.INDEX_KEYS  # we have none to write
+        whole = codec.name == "vae" and scheduler is not None and not alone
         transformer = new / "transformer" if whole else new
         transformer.mkdir(exist_ok=True)
         write_tensors(transformer / WEIGHTS, weights, {"format": "pt", **fingerprints(weights)})

@@ -19,7 +19,7 @@ from ditkit.core.errors import DitkitError
 from .hints import Hints
 from .tables import Shape, Table
 
-FAMILIES = ("dit", "pixart")
+FAMILIES = ("dit", "pixart", "mmdit", "flux")
 Normal = Callable[[str, tuple[int, ...]], Tensor]  # purpose, shape of one sample -> (B, *shape)
 
 
@@ -59,6 +59,9 @@ class Family(Protocol):
     def differences(self, config: Any, to: str) -> list[str]: ...
     def has_live(self, config: Mapping[str, Any]) -> bool: ...
     def live_inputs(self, config: Any, batch: int, normal: Normal) -> tuple[dict[str, Any], dict[str, Any]]: ...
+
+    # Of some families: ``FLOW_TIME``, what a flow tells the network (then rectified flow is what was released); ``LIVE_TIMES`` and
+    # ``live_call(theirs, x, t, call)``, network times at which to compare, and a call that takes more than x and time to arrange.
 
 
 def family(backbone: str) -> Family:

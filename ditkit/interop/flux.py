@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from ditkit.bundle import Part, Sampling
 from ditkit.core.config import Config
 from ditkit.core.errors import DitkitError, WeightsError
 
@@ -18,9 +19,21 @@ from .hints import Hints, without_notes
 from .tables import JOIN, SWAP, Pieces, Row, Table
 
 if TYPE_CHECKING:
+    import torch
+
     from ditkit.backbones.flux import FluxConfig
 
 Shape = tuple[int, ...]
+
+CLASS = "FluxTransformer2DModel"
+PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
+INDEX_KEYS = (
+    *("transformer", "vae", "scheduler", "text_encoder", "text_encoder_2"),
+    *("tokenizer", "tokenizer_2", "image_encoder", "feature_extractor"),
+)
+SYSTEMS = ("flux",)
+FLOW_TIME = "unit"
+LIVE_TIMES = (0.125, 0.25, 0.5, 1.0)  # a thousandfold they are exact in bf16, to which diffusers rounds them
 
 EMBEDDERS = {"time": ("time_in", "timestep"), "pooled": ("vector_in", "text"), "guidance": ("guidance_in", "guidance")}
 
@@ -108,16 +121,101 @@ def is_official(names: Mapping[str, Any]) -> bool:
     return {"img_in.weight", "double_blocks.0.img_attn.qkv.weight", "final_layer.linear.weight"} <= set(names)
 
 
+class Ours(Config):
+    """What no other layout can say; our exports leave it in a place that others ignore (``_ditkit`` in diffusers' config.json)."""
+
+    input_size: tuple[int, int] = Field((128, 128), description="height and width of the training data, in latent pixels")
+    patch_size: int = Field(2, ge=1)
+
+
+class Constructor(Config):
+    """``FluxParams`` of the released code, with the values of FLUX.1-dev; channels are those of packed patches."""
+
+    in_channels: int = 64
+    out_channels: int = 64
+    vec_in_dim: int = 768
+    context_in_dim: int = 4096
+    hidden_size: int = 3072
+    mlp_ratio: float = 4.0
+    num_heads: int = 24
+    depth: int = 19
+    depth_single_blocks: int = 38
+    axes_dim: tuple[int, int, int] = (16, 56, 56)
+    theta: Literal[10_000] = 10_000
+    qkv_bias: Literal[True] = True
+    guidance_embed: bool = True
+
+    def to_ours(self, ours: Ours | None = None) -> FluxConfig:
+        """The same shape in our words."""
+        from ditkit.backbones.flux import FluxConfig
+
+        ours = ours or Ours()
+        return FluxConfig(
+            input_size=ours.input_size,
+            in_channels=_unpacked(self.in_channels, ours.patch_size, "FluxParams"),
+            out_channels=_unpacked(self.out_channels, ours.patch_size, "FluxParams"),
+            patch_size=ours.patch_size,
+            dim=self.hidden_size,
+            depth=self.depth,
+            single_depth=self.depth_single_blocks,
+            num_heads=self.num_heads,
+            mlp_ratio=self.mlp_ratio,
+            text_dim=self.context_in_dim,
+            pooled_dim=self.vec_in_dim,
+            rope_widths=self.axes_dim,
+            guidance=self.guidance_embed,
+        )
+
+
+def constructor_of(config: FluxConfig) -> Constructor:
+    """Our configuration as the released code's."""
+    return Constructor(
+        in_channels=config.in_channels * config.patch_size**2,
+        out_channels=config.out_channels * config.patch_size**2,
+        vec_in_dim=config.pooled_dim,
+        context_in_dim=config.text_dim,
+        hidden_size=config.dim,
+        mlp_ratio=config.mlp_ratio,
+        num_heads=config.num_heads,
+        depth=config.depth,
+        depth_single_blocks=config.single_depth,
+        axes_dim=config.rope_widths,
+        guidance_embed=config.guidance,
+    )
+
+
+def ours_of(config: FluxConfig) -> Ours:
+    """What no other layout can say."""
+    return Ours(input_size=config.input_size, patch_size=config.patch_size)
+
+
+def released_defaults(system: str, config: FluxConfig) -> tuple[Part, Sampling]:
+    """dev: 28 Euler steps, shifted by the number of tokens; schnell: 4 steps without a shift. Guidance is told, not computed."""
+    if config.guidance:
+        process = Part(name="flow", config={"network_time": FLOW_TIME, "resolution": "exponential"})
+        return process, Sampling(solver="euler", num_inference_steps=28, guidance={"scale": 1.0})
+    return Part(name="flow", config={"network_time": FLOW_TIME}), Sampling(solver="euler", num_inference_steps=4, guidance={"scale": 1.0})
+
+
+def system_of(process: str, config: FluxConfig) -> str:
+    """There is one."""
+    return SYSTEMS[0]
+
+
 def config_from_official(shapes: Mapping[str, Shape], hints: Hints, where: str = "the file") -> FluxConfig:
-    """The configuration that a released file has, from its shapes. Rotary widths are 1/8, 7/16 and 7/16 of a head, patches 2 x 2."""
+    """The configuration that a released file has, from its shapes.
+
+    Patches are 2 x 2, rows and columns turn 7/16 of a head each (rounded down to pairs): as released. Nothing in the file says so.
+    """
     from ditkit.backbones.flux import FluxConfig
 
     dim, packed = shapes["img_in.weight"]
     (head,) = shapes["double_blocks.0.img_attn.norm.query_norm.scale"]
+    side = 7 * head // 32
     return FluxConfig(
         input_size=hints.input_size or (128, 128),
-        in_channels=_unpacked(packed, where),
-        out_channels=_unpacked(shapes["final_layer.linear.weight"][0], where),
+        in_channels=_unpacked(packed, 2, where),
+        out_channels=_unpacked(shapes["final_layer.linear.weight"][0], 2, where),
         dim=dim,
         depth=_count(shapes, "double_blocks."),
         single_depth=_count(shapes, "single_blocks."),
@@ -125,7 +223,7 @@ def config_from_official(shapes: Mapping[str, Shape], hints: Hints, where: str =
         mlp_ratio=shapes["double_blocks.0.img_mlp.0.weight"][0] / dim,
         text_dim=shapes["txt_in.weight"][1],
         pooled_dim=shapes["vector_in.in_layer.weight"][1],
-        rope_widths=(head // 8, (head - head // 8) // 2, (head - head // 8) // 2),
+        rope_widths=(head - 4 * side, 2 * side, 2 * side),
         guidance="guidance_in.in_layer.weight" in shapes,
     )
 
@@ -134,10 +232,12 @@ def _count(shapes: Mapping[str, Shape], prefix: str) -> int:
     return len({name.split(".")[1] for name in shapes if name.startswith(prefix)})
 
 
-def _unpacked(channels: int, where: str) -> int:
-    if channels % 4:
-        raise DitkitError(f"{where}: {channels} channels of packed patches", allowed="multiples of 4: FLUX packs patches of 2 x 2")
-    return channels // 4
+def _unpacked(channels: int, patch: int, where: str) -> int:
+    if channels % patch**2:
+        raise DitkitError(
+            f"{where}: {channels} channels of packed patches", allowed=f"multiples of {patch**2}: patches are {patch} x {patch}"
+        )
+    return channels // patch**2
 
 
 class DiffusersFlux(Config):
@@ -156,10 +256,9 @@ class DiffusersFlux(Config):
     axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
 
 
-class Ours(Config):
-    """What no other layout can say; our exports leave it in a place that others ignore (``_ditkit`` in diffusers' config.json)."""
-
-    input_size: tuple[int, int] = Field((128, 128), description="height and width of the training data, in latent pixels")
+def is_diffusers(values: Mapping[str, Any]) -> bool:
+    """Whether this is the config.json of a FLUX."""
+    return values.get("_class_name") == CLASS
 
 
 def config_from_diffusers(values: Mapping[str, Any], where: str = "config.json", as_released: bool = False) -> FluxConfig:
@@ -173,8 +272,9 @@ def config_from_diffusers(values: Mapping[str, Any], where: str = "config.json",
     ours = Ours.parse(values.get("_ditkit", {}), f"{where}: _ditkit")
     return FluxConfig(
         input_size=ours.input_size,
-        in_channels=_unpacked(cfg.in_channels, where),
-        out_channels=_unpacked(cfg.out_channels or cfg.in_channels, where),
+        patch_size=ours.patch_size,
+        in_channels=_unpacked(cfg.in_channels, ours.patch_size, where),
+        out_channels=_unpacked(cfg.out_channels or cfg.in_channels, ours.patch_size, where),
         dim=cfg.num_attention_heads * cfg.attention_head_dim,
         depth=cfg.num_layers,
         single_depth=cfg.num_single_layers,
@@ -188,16 +288,12 @@ def config_from_diffusers(values: Mapping[str, Any], where: str = "config.json",
 
 def config_to_diffusers(config: FluxConfig) -> dict[str, Any]:
     """Our configuration as diffusers' config.json. Raises WeightsError for shapes that diffusers' FLUX cannot have."""
-    if config.patch_size != 2 or config.mlp_ratio != 4.0:
-        raise WeightsError(
-            f"patch_size {config.patch_size}, mlp_ratio {config.mlp_ratio}",
-            allowed="2 and 4.0: diffusers' FLUX has no other",
-            hint="--to ditkit",
-        )
+    if config.mlp_ratio != 4.0:
+        raise WeightsError(f"mlp_ratio is {config.mlp_ratio}", allowed="4.0: diffusers' FLUX has no other", hint="--to official")
     return dict(
         patch_size=1,
-        in_channels=4 * config.in_channels,
-        out_channels=4 * config.out_channels,
+        in_channels=config.in_channels * config.patch_size**2,
+        out_channels=config.out_channels * config.patch_size**2,
         num_layers=config.depth,
         num_single_layers=config.single_depth,
         attention_head_dim=config.dim // config.num_heads,
@@ -206,11 +302,40 @@ def config_to_diffusers(config: FluxConfig) -> dict[str, Any]:
         pooled_projection_dim=config.pooled_dim,
         guidance_embeds=config.guidance,
         axes_dims_rope=list(config.rope_widths),
-        _class_name="FluxTransformer2DModel",
-        **({} if config.input_size == (128, 128) else {"_ditkit": ours_of(config).to_dict()}),
+        _class_name=CLASS,
+        **({} if ours_of(config) == Ours() else {"_ditkit": ours_of(config).to_dict()}),
     )
 
 
-def ours_of(config: FluxConfig) -> Ours:
-    """What no other layout can say."""
-    return Ours(input_size=config.input_size)
+def differences(config: FluxConfig, to: Literal["official", "diffusers"]) -> list[str]:
+    """What the other layout's code computes otherwise: nothing."""
+    return []
+
+
+def has_live(config: Mapping[str, Any]) -> bool:
+    """Whether diffusers computes such a network."""
+    return config.get("mlp_ratio", 4.0) == 4.0
+
+
+def live_inputs(config: FluxConfig, batch: int, normal: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Conditioning for our network, and the same for ``live_call``. ``normal(purpose, shape)`` draws numbers."""
+    import torch
+
+    text, pooled = normal("text", (6, config.text_dim)), normal("pooled", (config.pooled_dim,))
+    told = {"guidance": 2.0 ** torch.arange(batch)} if config.guidance else {}
+    theirs = {"encoder_hidden_states": text, "pooled_projections": pooled, "txt_ids": torch.zeros(6, 3), "patch": config.patch_size}
+    return {"text": text, "pooled": pooled, **told}, {**theirs, **told}
+
+
+def live_call(theirs: Any, x: torch.Tensor, t: torch.Tensor, call: dict[str, Any]) -> torch.Tensor:
+    """diffusers' model on pictures: packed before, unpacked after."""
+    import torch
+
+    from ditkit.nn.patches import patchify, unpatchify
+    from ditkit.nn.positions import coordinates
+
+    patch = call["patch"]
+    grid = (x.shape[2] // patch, x.shape[3] // patch)
+    ids = coordinates((1, *grid))[0].to(x.device, torch.float32)
+    more = {name: value for name, value in call.items() if name != "patch"}
+    return unpatchify(theirs(patchify(x, patch), timestep=t, img_ids=ids, **more).sample, grid, patch, "channels first")

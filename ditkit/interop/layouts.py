@@ -18,7 +18,7 @@ from ditkit.loading import shapes_of
 from .checkpoints import read_checkpoint
 from .families import Family, families, family
 from .hints import without_notes
-from .schedulers import read_scheduler
+from .schedulers import read_flow_scheduler, read_scheduler
 from .tables import Renamed
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -53,7 +53,7 @@ def open_diffusers(folder: Path, as_released: bool = False, pickled: bool = Fals
     files = open_weights(transformer, pickled)
     part = Part(name=backbone, config=cfg.to_dict())
     tensors = Renamed(str(transformer), files.shapes, files.read, tables.diffusers_table(cfg), shapes_of(part))
-    process, sampling = read_scheduler(folder / "scheduler" / "scheduler_config.json", learned=cfg.out_channels == 2 * cfg.in_channels)
+    process, sampling = _process(folder / "scheduler" / "scheduler_config.json", tables, cfg)
     codec, shape = _codec(folder / "vae", cfg)
     bundle = BundleConfig(
         backbone=part,
@@ -74,6 +74,14 @@ def read_transformer(path: Path, as_released: bool = False) -> tuple[str, Family
         hint = nearest(str(name), known) or "this architecture is not supported"
         raise ConfigError(f"{path}: _class_name is {name!r}", allowed=", ".join(known), hint=hint)
     return backbone, family(backbone), family(backbone).config_from_diffusers(values, str(path), as_released)
+
+
+def _process(path: Path, tables: Any, cfg: Any) -> tuple[Part, Any]:
+    """Process and sampling of the scheduler's file; of flows without one, those of their release."""
+    if not hasattr(tables, "FLOW_TIME"):
+        return read_scheduler(path, learned=cfg.out_channels == 2 * cfg.in_channels)
+    process, sampling = tables.released_defaults(tables.SYSTEMS[0], cfg)
+    return read_flow_scheduler(path, process, sampling) if path.is_file() else (process, sampling)
 
 
 class _WeightIndex(Config):

@@ -134,8 +134,7 @@ def place(file: PairFile, pairs: Mapping[str, Factors], model: Backbone) -> Plac
 def layouts(model: Backbone) -> dict[str, dict[str, Wire]]:
     """By layout, every name under which a projection of ``model`` may stand in a file.
 
-    "ditkit" has our own names and module paths; the others come from the tables ``OFFICIAL`` and ``DIFFUSERS`` of
-    ``ditkit/interop/BACKBONE.py``.
+    "ditkit" has our own names and module paths; the others come from the tables of ``ditkit/interop/BACKBONE.py``.
     """
     found = seam_projections(model)
     paths = {id(m): path for path, m in model.named_modules()}
@@ -160,7 +159,9 @@ def _tables(model: Backbone) -> dict[str, Table]:
     module = importlib.import_module(name)
     if hasattr(module, "is_released") and not module.is_released(model.config.to_dict()):
         return {}
-    rows = {k.lower(): getattr(module, k) for k in ("OFFICIAL", "DIFFUSERS") if hasattr(module, k)}
+    if not hasattr(module, "OFFICIAL"):  # rows that depend on the block
+        return {layout: getattr(module, f"{layout}_table")(model.config) for layout in ("official", "diffusers")}
+    rows = {k.lower(): getattr(module, k) for k in ("OFFICIAL", "DIFFUSERS")}
     return {layout: Table(r, len(model.blocks), {}) for layout, r in rows.items()}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from ditkit.bundle import Part, Sampling
 from ditkit.core.config import Config
 from ditkit.core.errors import DitkitError, WeightsError
 
@@ -16,12 +17,22 @@ from .hints import Hints, without_notes
 from .tables import JOIN, SAME, SWAP, Convolution, Row, Table
 
 if TYPE_CHECKING:
+    import torch
+
     from ditkit.backbones.mmdit import MMDiTConfig
 
 Shape = tuple[int, ...]
 
-PREFIX = "model.diffusion_model."  # of the released files, which may hold a VAE and text encoders besides
-OFFICIAL = (
+CLASS = "SD3Transformer2DModel"
+PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
+INDEX_KEYS = (
+    *("transformer", "vae", "scheduler", "text_encoder", "text_encoder_2", "text_encoder_3"),
+    *("tokenizer", "tokenizer_2", "tokenizer_3", "image_encoder", "feature_extractor"),
+)
+SYSTEMS = ("sd3",)
+FLOW_TIME = "thousand"
+
+_OFFICIAL = (
     Row("time.fc1", "t_embedder.mlp.0"),
     Row("time.fc2", "t_embedder.mlp.2"),
     Row("pooled.fc1", "y_embedder.mlp.0"),
@@ -31,7 +42,7 @@ OFFICIAL = (
     Row("final.ada", "final_layer.adaLN_modulation.1"),
     Row("final.proj", "final_layer.linear"),
 )
-DIFFUSERS = (
+_DIFFUSERS = (
     Row("time.fc1", "time_text_embed.timestep_embedder.linear_1"),
     Row("time.fc2", "time_text_embed.timestep_embedder.linear_2"),
     Row("pooled.fc1", "time_text_embed.text_embedder.linear_1"),
@@ -44,10 +55,10 @@ DIFFUSERS = (
 
 
 def official_table(config: MMDiTConfig) -> Table:
-    """The released layout of SD3 and SD3.5 for this shape, without ``PREFIX``."""
+    """The released layout of SD3 and SD3.5 for this shape; the files put "model.diffusion_model." before each name."""
     patch = Row("patch_embed", "x_embedder.proj", Convolution(config.patch_size, config.patch_size))
     blocks = [row for i in range(config.depth) for row in _official_block(config, i)]
-    return Table((patch, *OFFICIAL, *blocks), config.depth, {})
+    return Table((patch, *_OFFICIAL, *blocks), config.depth, {})
 
 
 def _official_block(config: MMDiTConfig, i: int) -> Iterator[Row]:
@@ -75,7 +86,7 @@ def diffusers_table(config: MMDiTConfig) -> Table:
     """The layout of diffusers' SD3Transformer2DModel for this shape."""
     patch = Row("patch_embed", "pos_embed.proj", Convolution(config.patch_size, config.patch_size))
     blocks = [row for i in range(config.depth) for row in _diffusers_block(config, i)]
-    return Table((patch, *DIFFUSERS, *blocks), config.depth, {})
+    return Table((patch, *_DIFFUSERS, *blocks), config.depth, {})
 
 
 def _diffusers_block(config: MMDiTConfig, i: int) -> Iterator[Row]:
@@ -105,13 +116,94 @@ def _diffusers_block(config: MMDiTConfig, i: int) -> Iterator[Row]:
 
 
 def is_official(names: Mapping[str, Any]) -> bool:
-    """Whether these are the keys of a released SD3, with or without ``PREFIX``."""
-    found = {n.removeprefix(PREFIX) for n in names}
-    return {"x_embedder.proj.weight", "joint_blocks.0.context_block.attn.qkv.weight", "final_layer.linear.weight"} <= found
+    """Whether these are the keys of a released SD3."""
+    return {"x_embedder.proj.weight", "joint_blocks.0.context_block.attn.qkv.weight", "final_layer.linear.weight"} <= set(names)
+
+
+class Ours(Config):
+    """What no other layout can say."""
+
+    dim: int = 1536
+    num_heads: int = 24
+
+
+class Constructor(Config):
+    """Arguments of the released ``MMDiT`` class, with their defaults; its ``context_embedder_config`` as ``context_dim``.
+
+    It has heads of 64, and as many as blocks.
+    """
+
+    input_size: int = 128
+    patch_size: int = 2
+    in_channels: int = 16
+    out_channels: int | None = None
+    depth: int = 24
+    mlp_ratio: float = 4.0
+    adm_in_channels: int = 2048
+    context_dim: int = 4096
+    pos_embed_max_size: int = 192
+    qk_norm: Literal["rms"] | None = None
+    x_block_self_attn_layers: tuple[int, ...] = ()
+
+    def to_ours(self, ours: Ours | None = None) -> MMDiTConfig:
+        """The same shape in our words."""
+        from ditkit.backbones.mmdit import MMDiTConfig
+
+        return MMDiTConfig(
+            input_size=(self.input_size, self.input_size),
+            in_channels=self.in_channels,
+            out_channels=self.out_channels or self.in_channels,
+            patch_size=self.patch_size,
+            dim=ours.dim if ours else 64 * self.depth,
+            depth=self.depth,
+            num_heads=ours.num_heads if ours else self.depth,
+            mlp_ratio=self.mlp_ratio,
+            text_dim=self.context_dim,
+            pooled_dim=self.adm_in_channels,
+            position_size=self.pos_embed_max_size,
+            qk_norm=self.qk_norm is not None,
+            dual_attention=self.x_block_self_attn_layers,
+        )
+
+
+def constructor_of(config: MMDiTConfig) -> Constructor:
+    """Our configuration as arguments of the released class. Raises DitkitError for networks that it cannot be."""
+    h, w = config.input_size
+    if h != w:
+        raise DitkitError(f"input_size {config.input_size}", allowed="a square: the released code has no other", hint="--to ditkit")
+    return Constructor(
+        input_size=h,
+        patch_size=config.patch_size,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        depth=config.depth,
+        mlp_ratio=config.mlp_ratio,
+        adm_in_channels=config.pooled_dim,
+        context_dim=config.text_dim,
+        pos_embed_max_size=config.position_size,
+        qk_norm="rms" if config.qk_norm else None,
+        x_block_self_attn_layers=config.dual_attention,
+    )
+
+
+def ours_of(config: MMDiTConfig) -> Ours:
+    """What no other layout can say."""
+    return Ours(dim=config.dim, num_heads=config.num_heads)
+
+
+def released_defaults(system: str, config: MMDiTConfig) -> tuple[Part, Sampling]:
+    """Rectified flow, times shifted by 3 (SD3, section 5.3.3); 28 Euler steps at guidance 7, as diffusers' pipeline."""
+    process = Part(name="flow", config={"network_time": FLOW_TIME, "shift": 3.0, "time_sampling": "logit_normal"})
+    return process, Sampling(solver="euler", num_inference_steps=28, guidance={"scale": 7.0})
+
+
+def system_of(process: str, config: MMDiTConfig) -> str:
+    """There is one."""
+    return SYSTEMS[0]
 
 
 def config_from_official(shapes: Mapping[str, Shape], hints: Hints, where: str = "the file") -> MMDiTConfig:
-    """The configuration that a released file has, from its shapes (names without ``PREFIX``).
+    """The configuration that a released file has, from its shapes.
 
     Heads are 64 wide unless ``hints`` say otherwise or norms of queries show it; the trained grid is 64 patches a side, as released.
     """
@@ -156,6 +248,11 @@ class DiffusersSD3(Config):
     pos_embed_max_size: int = 96
     dual_attention_layers: tuple[int, ...] = ()
     qk_norm: Literal["rms_norm"] | None = None
+
+
+def is_diffusers(values: Mapping[str, Any]) -> bool:
+    """Whether this is the config.json of an SD3."""
+    return values.get("_class_name") == CLASS
 
 
 def config_from_diffusers(values: Mapping[str, Any], where: str = "config.json", as_released: bool = False) -> MMDiTConfig:
@@ -208,5 +305,23 @@ def config_to_diffusers(config: MMDiTConfig) -> dict[str, Any]:
         pos_embed_max_size=config.position_size,
         dual_attention_layers=list(config.dual_attention),
         qk_norm="rms_norm" if config.qk_norm else None,
-        _class_name="SD3Transformer2DModel",
+        _class_name=CLASS,
     )
+
+
+def differences(config: MMDiTConfig, to: Literal["official", "diffusers"]) -> list[str]:
+    """What the other layout's code computes otherwise: nothing, but for heads that the released class cannot have."""
+    if to == "official" and (config.dim, config.num_heads) != (64 * config.depth, config.depth):
+        return ["the released class has heads of 64, as many as blocks: it will not load these weights"]
+    return []
+
+
+def has_live(config: Mapping[str, Any]) -> bool:
+    """Whether diffusers computes such a network."""
+    return len(set(config["input_size"])) == 1 and config.get("mlp_ratio", 4.0) == 4.0
+
+
+def live_inputs(config: MMDiTConfig, batch: int, normal: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Conditioning for our network, and the same for diffusers' call. ``normal(purpose, shape)`` draws numbers."""
+    text, pooled = normal("text", (6, config.text_dim)), normal("pooled", (config.pooled_dim,))
+    return {"text": text, "pooled": pooled}, {"encoder_hidden_states": text, "pooled_projections": pooled}

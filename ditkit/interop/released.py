@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ditkit.bundle import BundleConfig, DataCard, Opened, Part
 from ditkit.core.config import Config
 from ditkit.core.errors import DitkitError, WeightsError
@@ -16,6 +18,8 @@ from .checkpoints import read_checkpoint
 from .families import Family, families, family, family_of_system
 from .hints import Hints, System
 from .tables import Renamed
+
+_PREFIX = "model.diffusion_model."
 
 
 class Note(Config):
@@ -51,7 +55,7 @@ def open_released(path: Path, hints: Hints | None = None) -> Opened:
         DitkitError: the keys are others, a shape cannot be, or something must be said in ``hints``.
     """
     hints = hints or Hints()
-    weights = read_checkpoint(path, hints.weights)
+    weights = _network(read_checkpoint(path, hints.weights))
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     backbone, tables = _family_of(path, weights, hints)
     note = read_note(path)
@@ -67,6 +71,11 @@ def open_released(path: Path, hints: Hints | None = None) -> Opened:
         sampling=sampling,
     )
     return Opened(path, bundle, tensors, folder_hash(path.parent, [path.name]))
+
+
+def _network(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of a file that holds a whole pipeline (SD3's may), the network's tensors, by the names that it has alone."""
+    return {name.removeprefix(_PREFIX): value for name, value in weights.items() if name.startswith(_PREFIX)} or weights
 
 
 def _family_of(path: Path, names: Any, hints: Hints) -> tuple[str, Family]:

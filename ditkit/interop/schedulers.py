@@ -72,6 +72,23 @@ class _DPM(_Betas):
         return value
 
 
+class _FlowMatch(Config):
+    num_train_timesteps: int = Field(1000, ge=1)
+    shift: float = Field(1.0, gt=0)
+    use_dynamic_shifting: bool = False
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    invert_sigmas: Literal[False] = False
+    shift_terminal: None = None
+    use_karras_sigmas: Literal[False] | None = False
+    use_exponential_sigmas: Literal[False] | None = False
+    use_beta_sigmas: Literal[False] | None = False
+    time_shift_type: Literal["exponential"] = "exponential"
+    stochastic_sampling: Literal[False] = False
+
+
 SCHEDULERS: dict[str, tuple[str, type[_Betas]]] = {
     "DDIMScheduler": ("ddim", _DDIM),
     "DDPMScheduler": ("ddpm", _DDPM),
@@ -107,6 +124,27 @@ def read_scheduler(path: Path, learned: bool) -> tuple[Part, Sampling]:
         return process, Sampling(solver=solver, num_inference_steps=20, guidance={"scale": 4.5}, options={"spacing": spacing})
     options = {"spacing": cfg.timestep_spacing, "clip": cfg.clip_sample}
     return process, Sampling(solver=solver, num_inference_steps=50, guidance={"scale": 4.0}, options=options)
+
+
+def read_flow_scheduler(path: Path, process: Part, sampling: Sampling) -> tuple[Part, Sampling]:
+    """``process`` and ``sampling`` with the shift of a FlowMatchEulerDiscreteScheduler's configuration.
+
+    A static shift is applied once, where diffusers applies it twice to the last step (``spacing="twice"`` has its times). Steps and
+    guidance are the pipeline's, not the scheduler's, and stay.
+    """
+    values = read_data(path)
+    name = values.get("_class_name") if isinstance(values, dict) else None
+    if name != "FlowMatchEulerDiscreteScheduler":
+        raise ConfigError(f"{path}: _class_name is {name!r}", allowed="FlowMatchEulerDiscreteScheduler")
+    cfg = _FlowMatch.parse(without_notes(values), str(path))
+    if cfg.use_dynamic_shifting:  # tokens are of 2 x 2 latent pixels
+        mu = ((4 * cfg.base_image_seq_len, cfg.base_shift), (4 * cfg.max_image_seq_len, cfg.max_shift))
+        settings: dict[str, Any] = {"resolution": "exponential", "mu": mu}
+    else:
+        settings = {"shift": cfg.shift, "num_train_steps": cfg.num_train_timesteps}
+    options = {"spacing": "uniform" if cfg.use_dynamic_shifting else "linspace"}
+    told = {"network_time": process.config["network_time"]}
+    return Part(name="flow", config={**told, **settings}), sampling.model_copy(update={"options": options})
 
 
 def gaussian(learned: bool, **values: Any) -> Part:

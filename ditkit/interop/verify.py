@@ -111,11 +111,16 @@ def against_diffusers(opened: Opened, weights: Mapping[str, Tensor], dtype: torc
     cfg: Any = ours.config
     theirs = nn.Module.to(live_model(opened, weights), device, dtype)
     x = noise.normal(_SEEDS, 0, "verify", (cfg.in_channels, *cfg.input_size)).to(device, dtype)
-    t = torch.tensor([1, 250, 500, 999], device=device)
+    tables: Any = family(ours.name)
+    t = torch.tensor(getattr(tables, "LIVE_TIMES", (1, 250, 500, 999)), device=device)
     draw = partial(noise.normal, _SEEDS, 0)
-    cond, call = (_on(values, device, dtype) for values in family(ours.name).live_inputs(cfg, len(x), draw))
-    a, b = ours(x, t, **cond).double(), theirs(x, timestep=t, **call).sample.double()
+    cond, call = (_on(values, device, dtype) for values in tables.live_inputs(cfg, len(x), draw))
+    a, b = ours(x, t, **cond).double(), getattr(tables, "live_call", _call)(theirs, x, t, call).double()
     return float((a - b).norm() / b.norm())
+
+
+def _call(theirs: Any, x: Tensor, t: Tensor, call: dict[str, Any]) -> Tensor:
+    return theirs(x, timestep=t, **call).sample
 
 
 def _on(values: Any, device: str, dtype: torch.dtype) -> Any:
