@@ -131,11 +131,11 @@ def on(seam: Seam, stream: str) -> Linear:
 
 
 class AdaLNHead(nn.Module):
-    """Linear(mod(LN x)): (B, N, D) -> (B, N, P)."""
+    """Linear(mod(LN x)): (B, N, D) -> (B, N, P). ``cond_dim``: width of the conditioning; default: ``dim``."""
 
-    def __init__(self, dim: int, out: int) -> None:
+    def __init__(self, dim: int, out: int, cond_dim: int | None = None) -> None:
         super().__init__()
-        self.ada, self.proj = nn.Linear(dim, 2 * dim), nn.Linear(dim, out)
+        self.ada, self.proj = nn.Linear(cond_dim or dim, 2 * dim), nn.Linear(dim, out)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.ada(F.silu(c)).chunk(2, -1)

@@ -30,3 +30,20 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, linear: Linear = plain) -> Tensor:
         return linear("fc2", self.fc2, F.gelu(linear("fc1", self.fc1, x), approximate="tanh"))
+
+
+def swiglu_width(dim: int, multiple: int = 256, factor: float = 1.0) -> int:
+    """LLaMA's hidden width: 2/3 of 4 ``dim``, times ``factor``, rounded up to a multiple (its code rounds down twice on the way)."""
+    return multiple * -(-int(factor * int(8 * dim / 3)) // multiple)
+
+
+class SwiGLU(nn.Module):
+    """W2 (SiLU(W1 x) * W3 x) without biases (2002.05202); ``fc1`` is [W1; W3]. D -> hidden -> D."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, 2 * hidden, bias=False), nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor, linear: Linear = plain) -> Tensor:
+        gate, value = linear("fc1", self.fc1, x).chunk(2, -1)
+        return linear("fc2", self.fc2, F.silu(gate) * value)

@@ -85,28 +85,36 @@ def sincos_table(
         return torch.cat(codes, -1).float().to(device)
 
 
-def frequencies(width: int, theta: float = 10_000.0, linear: float = 1.0, ntk: float = 1.0) -> Tensor:
-    """(width / 2,) float64: (theta ntk)^(-2k / width) / linear. ``linear`` > 1 interpolates positions, ``ntk`` > 1 the low frequencies."""
-    return (theta * ntk) ** (-torch.arange(0, width, 2, dtype=torch.float64) / width) / linear
+def frequencies(width: int, theta: float = 10_000.0, linear: float = 1.0, ntk: float | Tensor = 1.0) -> Tensor:
+    """(width / 2,) float64: (theta ntk)^(-2k / width) / linear. ``linear`` > 1 interpolates positions, ``ntk`` > 1 the low frequencies.
+
+    ``ntk`` (B, 1, 1) gives (B, 1, width / 2).
+    """
+    device = ntk.device if isinstance(ntk, Tensor) else None
+    return (theta * ntk) ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width) / linear
 
 
 def frequency_aware(width: int, scale: float, length: float, theta: float = 10_000.0) -> Tensor:
     """NTK scaling by which the frequency whose period is the trained ``length`` is interpolated exactly, and lower ones no further.
 
-    b' = b s^(d / d'), d' = d log_b(L / 2 pi); each frequency is at least the interpolated one (Lumina-T2X, 2405.05945, on 2K images).
+    b' = b s^(d / d'), d' = d log_b(L / 2 pi); each frequency is at least the interpolated one (Lumina-Next, 2406.18583, on 2K images). A
+    length within the shortest period, 2 pi: all are interpolated.
     """
+    if length <= 2 * torch.pi:
+        return frequencies(width, theta, linear=scale)
     turns = torch.log(torch.tensor(length / (2 * torch.pi), dtype=torch.float64)) / torch.log(torch.tensor(theta, dtype=torch.float64))
     return torch.maximum(frequencies(width, theta, ntk=scale ** float(1 / turns)), frequencies(width, theta, linear=scale))
 
 
-def time_aware(width: int, scale: float, t: float, theta: float = 10_000.0) -> Tensor:
+def time_aware(width: int, scale: float, t: float | Tensor, theta: float = 10_000.0) -> Tensor:
     """From interpolation in noise (public t = 1) to NTK scaling at the data (t = 0): b' = b s^(d / d_t), d_t = (d - 1)(1 - t) + 1.
 
-    Frequencies below the interpolated ones are raised to these, without which they would vanish at t = 1 (Lumina-T2X, 2405.05945).
+    Frequencies below the interpolated ones are raised to these, without which they would vanish at t = 1 (Lumina-Next, 2406.18583).
+    ``t`` (B,) gives (B, 1, width / 2).
     """
-    return torch.maximum(
-        frequencies(width, theta, ntk=scale ** (width / ((width - 1) * (1 - t) + 1))), frequencies(width, theta, linear=scale)
-    )
+    t = t.double()[:, None, None] if isinstance(t, Tensor) else t
+    raised = frequencies(width, theta, ntk=scale ** (width / ((width - 1) * (1 - t) + 1)))
+    return torch.maximum(raised, frequencies(width, theta, linear=scale).to(raised.device))
 
 
 Pairing = Literal["interleaved", "halves", "halves by axis"]
