@@ -164,7 +164,7 @@ class TestBackbone:
         assert torch.equal(sample(with_methods(model, Extra())), sample(model))
 
     def test_modulation_is_what_conditioning_says(self, backbone: str) -> None:
-        """``conditioning`` gives the c of ``embed``, whatever x is; SiLU of it enters the projections named ``ada``."""
+        """``conditioning`` gives the c of ``embed``, whatever x is; SiLU of it enters the projections ``NAME.ada``."""
 
         class Check(Method):
             name = "check"
@@ -180,7 +180,8 @@ class TestBackbone:
         with torch.no_grad():
             c = model.conditioning(t[:, None], prepared)
             s = model.embed(x.flip(0), t, prepared)
-            assert all(relative(c[n], u) < 1e-6 for n in c if (u := s[n].c) is not None)
+            assert all(relative(c[n], u) < 1e-6 for n in c.keys() & s.keys() if (u := s[n].c) is not None)
+            assert c.keys() <= s.keys() | {n.removesuffix(".ada") for b in model.blocks for n in b.projections()}  # type: ignore[operator]
             with_methods(model, Check())(x, t, prepared)
 
     def test_gradients_reach_every_parameter(self, backbone: str) -> None:

@@ -131,7 +131,7 @@ class Modulation(Method):
 
     @classmethod
     def tiny(cls) -> list[Method]:
-        return [cls(), cls(steps=2)]
+        return [cls(steps=4)]
 
 
 def _ahead(step: int, prepared: Prepared, c: dict[str, Tensor]) -> Ahead:
