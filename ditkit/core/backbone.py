@@ -123,7 +123,8 @@ class Backbone(nn.Module):
     def conditioning(self, t: Tensor, prepared: Prepared) -> dict[str, Tensor]:
         """What modulates each stream at network times t (B, K): name -> (B, K, E), the ``c`` that ``embed`` gives it at each of these.
 
-        Blocks call their projections named ``STREAM.ada`` with SiLU of it. {}, the default: it is not known without x, or there is none.
+        Blocks call their projections named ``NAME.ada`` with SiLU of it; a name may also be that of weights that several streams share.
+        {}, the default: it is not known without x, or there is none.
         """
         return {}
 
