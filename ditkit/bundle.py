@@ -33,6 +33,12 @@ class Part(Config):
     config: dict[str, Any] = Field({}, description="values of the part's own configuration; what is absent has its default")
 
 
+class EncoderPart(Part):
+    """The text encoder that the model is told captions through."""
+
+    hash: str = Field("", description="its content hash, where its weights are not in the bundle; empty: not known")
+
+
 class MethodPart(Part):
     """A method attached to the model; its state is ``methods/LABEL.safetensors``."""
 
@@ -45,6 +51,7 @@ class DataCard(Config):
     name: str = Field(description="name or path of the data set")
     shape: tuple[int, ...] = Field(min_length=1, description="shape of one sample, channels first")
     labels: tuple[str, ...] = Field((), description="class names in the order of their numbers")
+    captions: tuple[str, ...] = Field((), description="some captions of its test split, where the model is told captions")
 
 
 class Sampling(Config):
@@ -63,6 +70,7 @@ class BundleConfig(Config):
     backbone: Part
     process: Part
     codec: Part = Part(name="identity")
+    encoder: EncoderPart | None = None
     data: DataCard
     sampling: Sampling = Sampling()
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ditkit.bundle import METHODS, MethodCard, Opened, Part, Validity, read_card
+from ditkit.conditioning import TextEncoder, encoder_from
 from ditkit.core import registry
 from ditkit.core.backbone import Backbone
 from ditkit.core.errors import ConfigError, Conflict, DitkitError, WeightsError
@@ -39,7 +40,13 @@ def load_model(
     replacing = [m for m in methods if replaces(m)]
     kept = {label: file for label, file in files.items() if file is not None and listed[label] in replacing}
     model = fill(
-        empty_model(opened.config.backbone, str(opened.folder)), opened.tensors, dtype, device, replacing, kept, str(opened.folder)
+        empty_model(opened.config.backbone, str(opened.folder), opened.config.encoder),
+        opened.tensors,
+        dtype,
+        device,
+        replacing,
+        kept,
+        str(opened.folder),
     )
     view = with_methods(model, *(m for m in methods if m not in replacing))
     valid_for = {}
@@ -105,14 +112,24 @@ def backbone_config(part: Part, where: str = "") -> tuple[type[Backbone], Config
     return cls, cls.config_class.parse(part.config, f"{where}: backbone {part.name}".lstrip(": "))
 
 
-def empty_model(part: Part, where: str = "") -> Backbone:
-    """The backbone on the meta device: shapes without memory."""
+def empty_model(part: Part, where: str = "", encoder: Part | None = None) -> Backbone:
+    """The backbone on the meta device, with the encoder that was learned with it: shapes without memory."""
     cls, config = backbone_config(part, where)
     try:
         with torch.device("meta"), _NoInitialisation():
-            return cls(config)  # type: ignore[call-arg]
+            model = cls(config)  # type: ignore[call-arg]
+            model.encoder = learned_encoder(encoder)
+            return model
     except (RuntimeError, TypeError, OverflowError) as error:  # sizes whose product, or which themselves, are no 64-bit number
         raise ConfigError(f"{where}: a {part.name} of this size cannot be built: {str(error).splitlines()[0][:120]}".lstrip(": ")) from None
+
+
+def learned_encoder(part: Part | None) -> TextEncoder | None:
+    """A new text encoder, if it is of a kind that is learned with the network; None for those that are read from elsewhere."""
+    if part is None:
+        return None
+    cls: Any = registry.get("encoders", part.name)
+    return encoder_from(part.name, part.config) if cls.learned else None
 
 
 class _NoInitialisation(TorchFunctionMode):

@@ -17,7 +17,7 @@ from ditkit.core.errors import DitkitError
 from ditkit.core.files import atomic_file
 
 KEY = "ditkit"  # of the PNG text chunk
-PER_PICTURE = ("class_label", "seed")
+PER_PICTURE = {"class_labels": "class_label", "prompts": "prompt", "negative_prompts": "negative_prompt", "seeds": "seed"}
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Output:
     Attributes:
         x: (B, C, H, W) in [-1, 1], float32 on the CPU.
         images: one PIL image a sample. Data that are neither grey nor RGB are shown as their channels side by side.
-        seeds: seed of each picture; with it and its label the picture is made again alone.
-        record: what was asked, with ``class_labels`` and ``seeds`` of all pictures.
+        seeds: seed of each picture; with it and its label or prompt the picture is made again alone.
+        record: what was asked, with ``class_labels`` or ``prompts``, and ``seeds``, of all pictures.
         report: what it cost (``seconds``, ``evaluations``) and each method's figures.
     """
 
@@ -40,8 +40,7 @@ class Output:
 
     def picture_record(self, k: int) -> dict[str, Any]:
         """What remakes picture k alone."""
-        shared = {key: value for key, value in self.record.items() if key not in ("class_labels", "seeds")}
-        return {**shared, "class_label": self.record["class_labels"][k], "seed": self.seeds[k]}
+        return {PER_PICTURE.get(key, key): value[k] if key in PER_PICTURE else value for key, value in self.record.items()}
 
     def save(self, path: str | Path, zoom: int = 1) -> None:
         """One PNG with all pictures in a grid, row by row; ``zoom`` repeats each pixel."""

@@ -1,7 +1,8 @@
-"""The pipeline: a model, its process and its codec, from class labels to pictures.
+"""The pipeline: a model, its process and its codec, from class labels or prompts to pictures.
 
     pipe = ditkit.from_pretrained("runs/digits")
     pipe(class_labels=[3, 7], num_images=16, guidance_scale=2.0, seed=0).save("out.png")
+    pipe(prompt="a red circle", num_images=4).save("out.png")         # a model that is told captions
 
 Picture k of a call has the seed ``seed + k``; it is the same in any batch, to rounding, and bit-equal alone with that seed.
 """
@@ -22,6 +23,7 @@ import ditkit
 from ditkit.bundle import BundleConfig, MethodPart, Opened, Validity, find_bundle, open_bundle, write_bundle
 from ditkit.codecs import codec_from, load_codec
 from ditkit.codecs.base import Codec
+from ditkit.conditioning import LongPrompts, Text, TextEncoder, takes_text
 from ditkit.core.backbone import Backbone, count_graphs
 from ditkit.core.errors import ConfigError, DitkitError
 from ditkit.core.method import Method
@@ -34,19 +36,21 @@ from ditkit.diffusion.solvers import SOLVERS
 from ditkit.finite import NotFinite, Watch, find_module, finite
 from ditkit.loading import attach, bundle_tensors, choose, load_model, read_method
 from ditkit.output import Output, read_record, to_images
-from ditkit.request import MAX_SEED, Request, check_sampling, choose_guidance, expand_labels, find_solver, whole
+from ditkit.request import MAX_SEED, Request, check_sampling, choose_guidance, find_solver, whole
+from ditkit.told import Asked, find_encoder, moved_encoder, words_of
 
 log = logging.getLogger("ditkit")
 REMAKE = ("bundle", "methods", "solver", "solver_options", "num_inference_steps", "guidance", "size")  # what a record must hold
 
 
 class Pipeline:
-    """Samples a class-conditional model. Immutable: ``with_methods`` and ``compile`` return other pipelines over the same weights.
+    """Samples a model that is told class labels or captions. Immutable: ``with_methods`` and ``compile`` return others over its weights.
 
     Args:
         model: a backbone or a view of one.
         config: as in a bundle's ``config.json``.
         codec: by default the one that ``config`` names.
+        encoder: of prompts; by default the one that is part of the model, or that ``config`` names.
         source: SHA-256 of the files that the weights came from; "" for a model that was never saved.
         valid_for: what the learned states of methods were made for, by label.
     """
@@ -57,6 +61,7 @@ class Pipeline:
         config: BundleConfig,
         *,
         codec: Codec | None = None,
+        encoder: TextEncoder | None = None,
         source: str = "",
         valid_for: Mapping[str, Validity] | None = None,
     ) -> None:
@@ -66,16 +71,26 @@ class Pipeline:
         self._graphs: dict[int, int] = {}  # number of steps -> graphs of the compiled model
         self.guidance = Guidance.parse(config.sampling.guidance, "sampling.guidance")
         self.codec = codec if codec is not None else _codec(config)
+        self.encoder: TextEncoder | None = encoder or find_encoder(model, config)
         _check_channels(model, self.process, self.codec, config)
         check_sampling(model, self.process, config.sampling)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, dtype: Any = "auto", device: Any = "auto", methods: Sequence[Method] = ()) -> Pipeline:
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        dtype: Any = "auto",
+        device: Any = "auto",
+        methods: Sequence[Method] = (),
+        text_encoder: TextEncoder | str | Path | None = None,
+    ) -> Pipeline:
         """Read a bundle, a bundle that ditkit ships (by name), or a diffusers folder.
 
         Args:
             dtype, device: "auto" is the GPU where there is one, fp32 on the CPU, bf16 on a GPU.
             methods: attached while loading: one that drops weights (int8) then never has both in memory.
+            text_encoder: instead of the one that the bundle names; or the folder where that one is now.
 
         Raises:
             ConfigError, WeightsError: a file, key, tensor or value that does not fit, by name.
@@ -85,7 +100,8 @@ class Pipeline:
         kind, where = choose(dtype, device)
         model, valid_for = load_model(opened, kind, where, methods)
         codec = None if opened.codec is None else load_codec(opened.codec)
-        return cls(model, opened.config, codec=codec, source=opened.hash, valid_for=valid_for)
+        encoder = moved_encoder(text_encoder, opened.config)
+        return cls(model, opened.config, codec=codec, encoder=encoder, source=opened.hash, valid_for=valid_for)
 
     @property
     def device(self) -> torch.device:
@@ -132,6 +148,8 @@ class Pipeline:
         changed: dict[str, Any] = {"dtype": self._dtype(), "methods": [p.to_dict() for p in parts]}
         if self.codec.name != "identity":  # written beside the model, wherever it was read from
             changed["codec"] = {"name": self.codec.name}
+        if self.encoder is not None and not self.encoder.learned:  # it may have moved
+            changed["encoder"] = self.encoder.card()
         config = BundleConfig.parse({**self.config.to_dict(), **changed})
         learned = {m.label: self.valid_for.get(m.label) or Validity.of(config, m) for m in view.attached if m.state_dict()}
         write_bundle(folder, config, bundle_tensors(view, keep_base), learned, self.codec)
@@ -141,7 +159,13 @@ class Pipeline:
         self,
         class_labels: int | Sequence[int] | None = None,
         *,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        prompt_embeds: Text | None = None,
+        negative_prompt_embeds: Text | None = None,
+        long_prompts: LongPrompts | None = None,
         num_images: int | None = None,
+        num_images_per_prompt: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         seed: int = 0,
@@ -158,7 +182,11 @@ class Pipeline:
         Args:
             class_labels: one label, or several; each is used ``num_images / len(class_labels)`` times, in the order 3, 3, 7, 7.
                 None: all classes in turn.
-            num_images: pictures in all; by default one for each label.
+            prompt: for a model that is told captions, as class_labels; by default some captions of its test data.
+            negative_prompt: what guidance leads away from; one, or one for each prompt. By default the null caption.
+            prompt_embeds, negative_prompt_embeds: instead, prompts that are encoded already.
+            long_prompts: "error" or "truncate" for a prompt with too many tokens.
+            num_images: pictures in all; by default one for each label or prompt. Or ``num_images_per_prompt``.
             guidance_scale: s in u + s (c - u): 0 is unconditional, 1 conditional.
             seed: of the first picture; picture k has ``seed + k``.
             solver: a name of ``ditkit.diffusion.solvers.SOLVERS``.
@@ -170,26 +198,26 @@ class Pipeline:
         Raises:
             DitkitError: a value out of range, by name; or the step and the module at which a number was not finite.
         """
-        if not hasattr(self.model.config, "num_classes"):
-            raise DitkitError(
-                f"{self.model.name} is told captions, and text encoders are not built yet", hint="give pipe.model the encoded text"
-            )
-        labels = expand_labels(class_labels, num_images, self.model.config.num_classes)
+        chosen = choose_guidance(self.guidance, guidance, guidance_scale)
+        pixels, latent = self._size(height, width)
+        asked = Asked(
+            class_labels, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, long_prompts, examples=self.config.data.captions
+        )
+        told = asked.told(self.eager, self.encoder, (num_images, num_images_per_prompt), pixels, chosen.scale != 1, self.device)
         default = self.config.sampling
         steps = default.num_inference_steps if num_inference_steps is None else num_inference_steps
-        whole("seed", seed, 0, MAX_SEED - len(labels))
+        whole("seed", seed, 0, MAX_SEED - len(told))
         options = (default.options if solver in (None, default.solver) else {}) if solver_options is None else solver_options
-        pixels, latent = self._size(height, width)
         request = Request(
-            labels=labels,
-            seeds=[seed + k for k in range(len(labels))],
+            told=told,
+            seeds=[seed + k for k in range(len(told))],
             num_inference_steps=whole("num_inference_steps", steps, 1, self._max_steps()),
             solver=find_solver(solver or default.solver),
             options={key: value.tolist() if isinstance(value, Tensor) else value for key, value in options.items()},
-            guidance=choose_guidance(self.guidance, guidance, guidance_scale),
+            guidance=chosen,
             size=pixels,
             latent=latent,
-            batch_size=whole("batch_size", min(len(labels), 64) if batch_size is None else batch_size, 1, 1 << 20),
+            batch_size=whole("batch_size", min(len(told), 64) if batch_size is None else batch_size, 1, 1 << 20),
         )
         for label, valid in self.valid_for.items():
             valid.check_run(label, request.solver, request.num_inference_steps)
@@ -212,8 +240,9 @@ class Pipeline:
     def remake(self, picture: str | Path | Mapping[str, Any]) -> Output:
         """Make one picture again from its record, or from the PNG that carries it."""
         record = read_record(picture) if isinstance(picture, str | Path) else dict(picture)
-        if missing := {*REMAKE, "class_label", "seed"} - set(record):
+        if missing := {*REMAKE, "seed"} - set(record):
             raise DitkitError(f"the record lacks {', '.join(sorted(missing))}", allowed="the record of one picture")
+        words = words_of(record)
         for key, mine in (("bundle", self.source), ("methods", self._methods())):
             if record[key] != mine:
                 raise DitkitError(f"the picture was made with {key} {record[key]!r}", allowed=f"{mine!r}, which this pipeline has")
@@ -221,7 +250,7 @@ class Pipeline:
         if record.get("dtype") != self._dtype():
             log.warning("the picture was made in %s; in %s it is not exactly the same", record.get("dtype"), self._dtype())
         return self(
-            record["class_label"],
+            **words,
             seed=record["seed"],
             solver=record["solver"],
             solver_options=record["solver_options"],
@@ -268,9 +297,8 @@ class Pipeline:
         if model is not self.eager:
             self._allow_graphs(request.num_inference_steps)
         watch, before = Watch(), 0 if bar is None else bar.n
-        device, seeds = self.device, request.seeds[batch]
-        cond = {"y": torch.tensor(request.labels[batch], device=device)}
-        null = model.null(cond["y"]) if request.guidance.scale != 1 else None  # type: ignore[operator]
+        seeds = request.seeds[batch]
+        cond, null = request.told.batch(batch)
         run = Run(model, request.num_inference_steps)
         inner = guided(model, self.process, request.guidance, run, cond, null)
 
@@ -281,7 +309,7 @@ class Pipeline:
                 bar.update(before + run.step + 1 - bar.n)
             return output
 
-        x = self.process.start(noise.normal(seeds, 0, "start", request.latent).to(device))
+        x = self.process.start(noise.normal(seeds, 0, "start", request.latent).to(self.device))
         x = SOLVERS[request.solver](denoise, x, self.process, run, noise.source(seeds, x), **request.options)
         watch.end()
         return x, run.finish()
@@ -299,7 +327,7 @@ class Pipeline:
     def _record(self, request: Request) -> dict[str, Any]:
         return {
             "bundle": self.source,
-            "class_labels": request.labels,
+            **request.told.record,
             "seeds": request.seeds,
             "num_inference_steps": request.num_inference_steps,
             "solver": request.solver,
@@ -320,7 +348,7 @@ class Pipeline:
         return [{"name": m.name, "label": m.label, "config": m.config.to_dict()} for m in self.eager.attached]
 
     def _like(self, model: Backbone) -> Pipeline:
-        return Pipeline(model, self.config, codec=self.codec, source=self.source, valid_for=self.valid_for)
+        return Pipeline(model, self.config, codec=self.codec, encoder=self.encoder, source=self.source, valid_for=self.valid_for)
 
     def _allow_graphs(self, num_steps: int) -> None:
         if num_steps not in self._graphs:
@@ -356,7 +384,7 @@ def _check_channels(model: Backbone, process: Process, codec: Codec, config: Bun
     shape, cfg = config.data.shape, model.config
     if len(shape) != 3 or min(shape) < 1:
         raise ConfigError(f"data.shape is {shape}", allowed="(C, H, W)")
-    if config.data.labels and len(config.data.labels) != cfg.num_classes:
+    if config.data.labels and not takes_text(model) and len(config.data.labels) != cfg.num_classes:
         raise ConfigError(f"data.labels has {len(config.data.labels)} names", allowed=f"{cfg.num_classes}, as many as classes, or none")
     want = {
         "data.shape[0]": (shape[0], codec.in_channels),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from ditkit.core.run import Run
 from ditkit.diffusion.guidance import Guidance
 from ditkit.diffusion.process import Process
 from ditkit.diffusion.solvers import SOLVERS
+
+if TYPE_CHECKING:
+    from ditkit.told import Told
 
 MAX_SEED = 2**63 - 1
 PRESETS: dict[str, dict[str, Any]] = {
@@ -30,7 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class Request:
     """A call with everything decided and checked."""
 
-    labels: list[int]  # one for each picture
+    told: Told  # what each picture is made from
     seeds: list[int]
     num_inference_steps: int
     solver: str
@@ -58,6 +61,15 @@ def expand_labels(class_labels: int | Sequence[int] | None, num_images: int | No
     if not labels or count % len(labels):
         raise DitkitError(f"{count} images for {len(labels)} class labels", allowed="a multiple of the number of labels")
     return [y for y in labels for _ in range(count // len(labels))]
+
+
+def images_in_all(num_images: int | None, each: int | None, asked: int) -> int | None:
+    """``num_images``, or ``each`` (num_images_per_prompt) for every one of ``asked`` prompts or labels; None: one for each."""
+    if each is None:
+        return num_images
+    if num_images is not None:
+        raise DitkitError("num_images and num_images_per_prompt are both given", allowed="one of them")
+    return whole("num_images_per_prompt", each, 1, 1 << 20) * asked
 
 
 def choose_guidance(default: Guidance, guidance: Guidance | str | None, scale: float | None) -> Guidance:

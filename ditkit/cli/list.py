@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import tyro
 
@@ -14,7 +14,7 @@ from ditkit.core import registry
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 BUNDLES = Path(__file__).parents[1] / "bundles"
-Kind = Literal["backbones", "methods", "recipes", "bundles"]
+Kind = Literal["backbones", "methods", "encoders", "recipes", "bundles"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Args:
 def main(argv: Sequence[str]) -> int:
     """Print the registry."""
     args = tyro.cli(Args, args=list(argv), prog="ditkit list")
-    kinds: list[Kind] = [args.kind] if args.kind else ["backbones", "methods", "recipes", "bundles"]
+    kinds: list[Kind] = [args.kind] if args.kind else list(get_args(Kind))
     sections = []
     for kind in kinds:
         rows = _rows(kind)

@@ -89,6 +89,7 @@ class Backbone(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.methods = nn.ModuleDict()
+        self.encoder: Any = None  # a module learned with the network that turns ``tokens`` into what ``prepare`` takes (text)
         self.skips: tuple[tuple[int, int], ...] = ()  # long skips: block ``to`` gets the output of block ``from``
         self.grain: str = "block"  # "block": each block is a graph; "step": consecutive blocks are one
         self._call: Callable[[tuple[Part, ...], Streams], Done] = run_blocks
@@ -115,6 +116,10 @@ class Backbone(nn.Module):
     def prepare(self, **cond: Any) -> Prepared:
         """Once a run: what does not depend on time. Checks the conditioning."""
         raise NotImplementedError
+
+    def told(self, cond: dict[str, Any]) -> dict[str, Any]:
+        """Conditioning as ``prepare`` takes it: where it holds ``tokens``, the encoder is asked what they say."""
+        return self.encoder.conditioning(self, **cond) if self.encoder is not None and "tokens" in cond else cond
 
     def embed(self, x: Tensor, t: Tensor, prepared: Prepared) -> Streams:
         """x (B, C, ...), network time t (B,) or (B, N) -> streams."""
@@ -152,7 +157,7 @@ class Backbone(nn.Module):
         if run.model is not self:
             raise DitkitError("this run was started for another view of the model", hint="use Run(view, num_steps)")
         if prepared is None:
-            prepared = self.prepare(**cond)
+            prepared = self.prepare(**self.told(cond))
         elif cond:
             raise DitkitError(f"prepared and {sorted(cond)} are both given", allowed="one of them")
         run.begin(guidance_pass)

@@ -1,8 +1,8 @@
-"""One registry: a backbone or a method is a file, and the file's name is the registered name.
+"""One registry: a backbone, a method or a text encoder is a file, and the file's name is the registered name.
 
 ``ditkit/backbones/dit.py`` registers ``dit``; that is also its config name, CLI name, doc page and test id. Names and
 first lines are read without importing the file (so ``ditkit list`` and ``--help`` need no torch). Other packages
-register through entry points of the groups ``ditkit.backbones`` and ``ditkit.methods``, or by calling ``register``.
+register through entry points of the groups ``ditkit.backbones``, ``ditkit.methods`` and ``ditkit.encoders``, or by calling ``register``.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import Literal, TypeVar
 
 from .errors import DitkitError, nearest
 
-Kind = Literal["backbones", "methods"]
+Kind = Literal["backbones", "methods", "encoders"]
 _HOME = Path(__file__).resolve().parents[1]
 _FOLDERS: dict[str, tuple[str, ...]] = {
     "backbones": ("backbones",),
     "methods": ("methods/efficiency", "methods/adaptation", "methods/editing"),
+    "encoders": ("conditioning/encoders",),
 }
 _classes: dict[tuple[str, str], type] = {}
 T = TypeVar("T", bound=type)

@@ -83,11 +83,11 @@ def replace_projections(view: Backbone, method: Method) -> int:
 
 
 def projections(model: Backbone) -> list[tuple[str, nn.Module, str]]:
-    """What ``Method.replace`` may swap: every linear layer of the backbone, as (path, parent, name in the parent)."""
+    """What ``Method.replace`` may swap: every linear layer of the backbone, but its encoder's, as (path, parent, name in the parent)."""
     found = []
     for path, parent in model.named_modules():
         for name, child in parent.named_children():
-            if getattr(child, "in_features", None) is not None and not path.startswith("methods"):
+            if getattr(child, "in_features", None) is not None and not path.startswith(("methods", "encoder")):
                 found.append((f"{path}.{name}".lstrip("."), parent, name))
     return found
 

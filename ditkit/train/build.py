@@ -10,19 +10,23 @@ from typing import Any
 import torch
 
 from ditkit import data
-from ditkit.bundle import BundleConfig, DataCard, MethodPart, Part, find_bundle, open_bundle
+from ditkit.bundle import BundleConfig, DataCard, EncoderPart, MethodPart, Part, find_bundle, open_bundle
 from ditkit.codecs.base import Codec
+from ditkit.conditioning import TextEncoder, encoder_from
 from ditkit.core.backbone import Backbone
 from ditkit.core.errors import ConfigError, nearest
 from ditkit.core.view import with_methods
 from ditkit.data import Dataset
 from ditkit.diffusion.process import Process, process_from
 from ditkit.loading import backbone_config, load_model, make_method
+from ditkit.told import find_encoder
 
+from .captioned import Captioned, check_told, examples
 from .objectives import Objective, objective_from
 from .recipe import Recipe
 
 log = logging.getLogger("ditkit")
+EXAMPLES = 16  # captions that a bundle holds, to sample with
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Parts:
         test: None where a data set of the user's own sets nothing aside for it.
         codec: of the latents that are trained on; None where these are pictures.
         base_hash: SHA-256 of the base bundle, if there is one.
+        encoder: a frozen text encoder; one that is learned is the model's own.
     """
 
     train: Dataset
@@ -43,6 +48,7 @@ class Parts:
     objective: Objective
     card: BundleConfig
     base_hash: str
+    encoder: TextEncoder | None = None
 
 
 def build(recipe: Recipe, device: torch.device) -> Parts:
@@ -53,14 +59,43 @@ def build(recipe: Recipe, device: torch.device) -> Parts:
     """
     train, test = data.load(recipe.data.name, "train", **recipe.data.config), _test(recipe)
     codec: Codec | None = train.codec() if hasattr(train, "codec") else None
-    model, process, base_hash = _base(recipe.base, device) if recipe.base is not None else _new(recipe, train, device)
+    origin = _base(recipe.base, device) if recipe.base is not None else _new(recipe, train, device)
+    model, process, encoder, base_hash = origin.model, origin.process, origin.encoder, origin.hash
+    check_told(model, encoder, train)
     if recipe.methods:
         with torch.random.fork_rng():
             torch.manual_seed(recipe.trainer.seed)
             model = with_methods(model, *(make_method(MethodPart(name=m.name, config=m.config, label=m.name)) for m in recipe.methods))
     choose_trainable(model, recipe.trainable)
     objective = objective_from(recipe.objective.name, recipe.objective.config, process)
-    return Parts(train, test, codec, model, process, objective, card_of(recipe, model, process, train, codec), base_hash)
+    card = card_of(recipe, model, process, train, codec)
+    if encoder is not None:
+        card = card.model_copy(update={"encoder": encoder_card(encoder), "data": caption_card(card.data, test or train)})
+        size = (card.data.shape[1], card.data.shape[2])
+        train, test = (None if d is None else Captioned(d, model, encoder, size) for d in (train, test))  # type: ignore[assignment]
+        objective.none = train.none  # type: ignore[attr-defined]
+    frozen = None if encoder is None or encoder.learned else encoder
+    return Parts(train, test, codec, model, process, objective, card, base_hash, frozen)
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What training starts from."""
+
+    model: Backbone
+    process: Process
+    encoder: TextEncoder | None
+    hash: str = ""
+
+
+def encoder_card(encoder: TextEncoder) -> EncoderPart:
+    """What the bundle says of the encoder; of one that is frozen, which it was."""
+    return EncoderPart.parse({**encoder.card(), "hash": "" if encoder.learned else encoder.content_hash()})
+
+
+def caption_card(card: DataCard, data: Dataset) -> DataCard:
+    """The data, in the bundle of a model that is told captions: examples of these instead of labels."""
+    return card.model_copy(update={"labels": (), "captions": examples(data, EXAMPLES)})
 
 
 def _test(recipe: Recipe) -> Dataset | None:
@@ -71,24 +106,29 @@ def _test(recipe: Recipe) -> Dataset | None:
         return None
 
 
-def _new(recipe: Recipe, train: Dataset, device: torch.device) -> tuple[Backbone, Process, str]:
+def _new(recipe: Recipe, train: Dataset, device: torch.device) -> _Origin:
     network, noise = recipe.backbone or Part(name="dit"), recipe.process or Part(name="flow")
     process = process_from(noise.name, noise.config)
     cls, _ = backbone_config(Part(name=network.name))
-    _, config = backbone_config(Part(name=network.name, config={**fitted(cls, train, process), **network.config}), "recipe")
     with torch.random.fork_rng():
         torch.manual_seed(recipe.trainer.seed)
-        return cls(config).to(device), process, ""  # type: ignore[call-arg]
+        encoder = None if recipe.encoder is None else encoder_from(recipe.encoder.name, recipe.encoder.config)
+        values = {**fitted(cls, train, process, encoder), **network.config}
+        model = cls(backbone_config(Part(name=network.name, config=values), "recipe")[1])  # type: ignore[call-arg]
+    if encoder is not None and encoder.learned:
+        model.encoder = encoder
+    return _Origin(model.to(device), process, encoder)
 
 
-def _base(folder: str, device: torch.device) -> tuple[Backbone, Process, str]:
+def _base(folder: str, device: torch.device) -> _Origin:
     opened = open_bundle(find_bundle(folder))
     model, _ = load_model(opened, torch.float32, device)
-    return model, process_from(opened.config.process.name, opened.config.process.config), opened.hash
+    process = process_from(opened.config.process.name, opened.config.process.config)
+    return _Origin(model, process, find_encoder(model, opened.config), opened.hash)
 
 
-def fitted(cls: type[Backbone], train: Dataset, process: Process) -> dict[str, Any]:
-    """What follows from the data and the process, for the keys that the backbone's configuration has."""
+def fitted(cls: type[Backbone], train: Dataset, process: Process, encoder: TextEncoder | None = None) -> dict[str, Any]:
+    """What follows from data, process and encoder, for the keys that the backbone's configuration has."""
     channels = train.shape[0]
     values = {
         "input_size": train.shape[1:],
@@ -96,6 +136,9 @@ def fitted(cls: type[Backbone], train: Dataset, process: Process) -> dict[str, A
         "out_channels": process.output_channels(channels),
         "num_classes": train.num_classes,
     }
+    if encoder is not None:
+        values |= {"text_dim": encoder.dim, "pooled_dim": encoder.pooled_dim, "text_length": encoder.config.max_length}
+        values |= {"null_caption": encoder.null_caption == "model"}
     return {k: v for k, v in values.items() if k in cls.config_class.model_fields}
 
 

@@ -110,7 +110,7 @@ class Training:
         self.ema = EMA(twin, self.model, self.cfg.ema_decay)
         self.optimizers = Optimizers(self.model, self.cfg)
         self.forward = self._compiled()
-        self.preview = Pipeline(twin, self.parts.card, codec=self.parts.codec)
+        self.preview = Pipeline(twin, self.parts.card, codec=self.parts.codec, encoder=self.parts.encoder)
         self.guard, self.meter = Guard(self.cfg.spike_sigma), Meter()
         self.checkpoints = Checkpoints(folder / CHECKPOINTS, self.cfg.keep, world)
         self.step, self.validation = 0, {}  # type: int, dict[str, float]

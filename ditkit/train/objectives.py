@@ -16,6 +16,7 @@ from ditkit.diffusion.process import Losses, Process
 
 from .batches import Draw
 
+None_ = Callable[[Any, dict[str, Tensor]], Mapping[str, Tensor]]
 OBJECTIVES: dict[str, type[Objective]] = {}
 
 
@@ -33,6 +34,7 @@ class Objective(ABC):
 
     def __init__(self, process: Process, config: Config | None = None) -> None:
         self.process, self.config = process, config or self.config_class()
+        self.none: None_ = lambda model, cond: model.null(**cond)  # conditioning -> what stands for none of it
 
     @abstractmethod
     def draws(self, shape: tuple[int, ...]) -> dict[str, Draw]:
@@ -66,7 +68,7 @@ def objective_from(name: str, config: Mapping[str, Any], process: Process) -> Ob
 class DiffusionConfig(Config):
     """Settings of the diffusion loss."""
 
-    label_dropout: float = Field(0.1, ge=0, le=1, description="share of samples trained without their conditioning, for guidance")
+    label_dropout: float = Field(0.1, ge=0, le=1, description="share of samples trained without their label or caption, for guidance")
 
 
 @objective("diffusion")
@@ -91,5 +93,5 @@ class Diffusion(Objective):
         cond = {k: v for k, v in batch.items() if k not in ("x", "noise", "time", "drop")}
         if not self.config.label_dropout or not cond:
             return cond
-        drop, null = batch["drop"] < self.config.label_dropout, model.null(**cond)
+        drop, null = batch["drop"] < self.config.label_dropout, self.none(model, cond)
         return {k: torch.where(drop.reshape(-1, *[1] * (v.dim() - 1)), null[k], v) for k, v in cond.items()}

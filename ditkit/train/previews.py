@@ -45,13 +45,15 @@ def validation_loss(model: nn.Module, objective: Objective, batch: Batch, size: 
 
 
 def sample_grid(pipe: Pipeline) -> Output:
-    """The same labels and seeds every time, a row for each label, so that the eye can follow.
+    """The same labels and seeds every time, a row for each label, so that the eye can follow; or one picture for each example caption.
 
     Raises:
         DitkitError: a sample is not finite; step and module are named.
     """
     side = min(SIDE, len(pipe.config.data.labels) or SIDE)
     with evaluating(pipe.model):
+        if pipe.config.data.captions:
+            return pipe(seed=0, progress=False)
         return pipe(class_labels=list(range(side)), num_images=side * side, seed=0, progress=False)
 
 

@@ -88,6 +88,7 @@ class Recipe(Config):
     claim: str = Field("", description="what a run of this recipe must show")
     base: str | None = Field(None, description="bundle to start from; absent: a new model")
     backbone: Part | None = Field(None, description="the network; absent: the base's")
+    encoder: Part | None = Field(None, description="of captions, for a backbone that is told them; absent: the base's, or class labels")
     process: Part | None = Field(None, description="gaussian or flow; absent: the base's, or flow")
     objective: Part = Field(Part(name="diffusion"), description="the loss")
     methods: tuple[Part, ...] = Field((), description="attached before training, such as lora")
@@ -102,6 +103,8 @@ class Recipe(Config):
             raise ValueError("give a base bundle or a backbone, one of them")
         if self.base is not None and self.process is not None:
             raise ValueError("the process comes with the base bundle: leave it out")
+        if self.base is not None and self.encoder is not None:
+            raise ValueError("the encoder comes with the base bundle: leave it out")
         return self
 
     @classmethod

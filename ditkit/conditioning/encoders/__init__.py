@@ -1,0 +1,1 @@
+"""Text encoders: a file each, which registers under its own name."""
