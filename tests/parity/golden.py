@@ -58,3 +58,18 @@ def load_dit(g: Golden) -> torch.nn.Module:
     source = Renamed("golden", found, lambda name: g["w/" + name], official_table(config), expect)
     model.load_state_dict(load_all(source))
     return model.eval()
+
+
+def load_diffusers(g: Golden, name: str, values: dict, without: tuple[str, ...] = ()) -> torch.nn.Module:
+    """The backbone ``name`` of a file with diffusers' names; ``without``: parts of names that belong to a method."""
+    from ditkit.core.registry import get
+    from ditkit.interop.families import family
+    from ditkit.interop.tables import Renamed, load_all
+
+    tables = family(name)
+    model = get("backbones", name)(tables.config_from_diffusers(values, "golden", False))
+    found = {n.removeprefix("w/"): tuple(g[n].shape) for n in g.starting("w/") if not any(part in n for part in without)}
+    expect = {n: tuple(u.shape) for n, u in model.state_dict().items()}
+    source = Renamed("golden", found, lambda n: g["w/" + n], tables.diffusers_table(model.config), expect)
+    model.load_state_dict(load_all(source))
+    return model.eval()
