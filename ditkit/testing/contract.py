@@ -368,6 +368,7 @@ def together(base: Backbone, first: str) -> Backbone:
     return draw(view)
 
 
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("backbone", BACKBONES if MATRIX else PAIR_BACKBONES[-1:])
 @pytest.mark.parametrize("first", sorted({name for name, _ in METHODS}))
 class TestTogether:
