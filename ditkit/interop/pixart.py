@@ -115,6 +115,7 @@ class Compression(Config):
     kv_compress_layer: tuple[int, ...] = ()
 
 
+_SAME = ("in_channels", "patch_size", "depth", "num_heads", "mlp_ratio", "qk_norm")  # the same names there and here
 _HOW: dict[str | None, Literal["conv", "first", "every"]] = {"ave": "first", "uniform": "first", "uniform_every": "every"}
 
 
@@ -155,28 +156,23 @@ class Constructor(Config):
         """The same shape in our words."""
         from ditkit.backbones.pixart import PixArtConfig
 
-        kv = self.kv_compress_config or Compression()
+        told, kv = ours or Ours(null_caption=True), self.kv_compress_config or Compression()
         compressed = kv.sampling is not None and kv.scale_factor > 1 and bool(kv.kv_compress_layer)
         return PixArtConfig(
             input_size=(self.input_size, self.input_size),
-            in_channels=self.in_channels,
             out_channels=2 * self.in_channels,
-            patch_size=self.patch_size,
             dim=self.hidden_size,
-            depth=self.depth,
-            num_heads=self.num_heads,
-            mlp_ratio=self.mlp_ratio,
             text_dim=self.caption_channels,
             text_length=self.model_max_length,
-            null_caption=ours.null_caption if ours else True,
-            null_tokens=ours.null_tokens if ours else None,
+            null_caption=told.null_caption,
+            null_tokens=told.null_tokens,
             micro_conditions=self.micro_condition,
             position_base=self.input_size // self.patch_size,
             position_scale=self.lewei_scale or self.pe_interpolation or 1.0,
-            qk_norm=self.qk_norm,
             kv_ratio=kv.scale_factor if compressed else 1,
             kv_blocks=kv.kv_compress_layer if compressed else (),
             kv_how=_HOW.get(kv.sampling, "conv"),
+            **{name: getattr(self, name) for name in _SAME},
         )
 
 
@@ -186,22 +182,16 @@ def constructor_of(config: PixArtConfig) -> Constructor:
     if config.out_channels != 2 * config.in_channels:
         raise DitkitError(f"out_channels is {config.out_channels}", allowed=f"{2 * config.in_channels}: the released code has no other")
     sampling: Any = {"conv": "conv", "first": "uniform", "every": "uniform_every"}[config.kv_how]
+    compression = Compression(sampling=sampling, scale_factor=config.kv_ratio, kv_compress_layer=config.kv_blocks)
     return Constructor(
         input_size=side,
-        patch_size=config.patch_size,
-        in_channels=config.in_channels,
         hidden_size=config.dim,
-        depth=config.depth,
-        num_heads=config.num_heads,
-        mlp_ratio=config.mlp_ratio,
         caption_channels=config.text_dim,
         model_max_length=config.text_length,
         pe_interpolation=config.position_scale,
         micro_condition=config.micro_conditions,
-        qk_norm=config.qk_norm,
-        kv_compress_config=Compression(sampling=sampling, scale_factor=config.kv_ratio, kv_compress_layer=config.kv_blocks)
-        if config.kv_blocks
-        else None,
+        kv_compress_config=compression if config.kv_blocks else None,
+        **{name: getattr(config, name) for name in _SAME},
     )
 
 

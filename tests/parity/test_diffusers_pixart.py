@@ -15,6 +15,7 @@ from ditkit.core.errors import ConfigError, DitkitError, WeightsError
 from ditkit.interop import pixart
 from ditkit.interop.convert import convert
 from ditkit.interop.hints import Hints
+from ditkit.interop.lora import layouts
 from ditkit.interop.released import open_released
 from ditkit.interop.tables import Renamed, load_all
 from ditkit.interop.verify import quiet_imports, verify
@@ -282,3 +283,9 @@ def test_other_classes_are_refused(made, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "PixArtTransformer3DModel"}))
     with pytest.raises(ConfigError, match="did you mean 'PixArtTransformer2DModel'"):
         Pipeline.from_pretrained(tmp_path)
+
+
+def test_lora_files_of_diffusers_may_name_every_projection_of_its_blocks():
+    live = theirs("alpha")
+    linear = {name for name, m in live.named_modules() if isinstance(m, torch.nn.Linear) and name.startswith("transformer_blocks")}
+    assert layouts(ours_from(live))["diffusers"].keys() == linear
