@@ -26,8 +26,18 @@ class Args:
     """a bundle, the name of a shipped one (digits), or a diffusers folder"""
     class_labels: tuple[int, ...] = ()
     """one or more labels, each used num-images / number-of-labels times; none: all classes in turn"""
+    prompt: tuple[str, ...] = ()
+    """one or more, for a model that is told captions, each in quotes; none: captions of its test data"""
+    negative_prompt: tuple[str, ...] = ()
+    """what guidance leads away from: one, or one for each prompt; none: the null caption"""
+    long_prompts: Literal["error", "truncate"] | None = None
+    """what to do with a prompt of too many tokens; by default as the bundle says"""
+    text_encoder: Path | None = None
+    """the folder where the bundle's text encoder is now"""
     num_images: int | None = None
     """pictures in all"""
+    num_images_per_prompt: int | None = None
+    """or pictures for each prompt or label"""
     num_inference_steps: int | None = None
     """solver steps"""
     guidance_scale: float | None = None
@@ -70,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
     logging.getLogger("ditkit").setLevel(logging.INFO)
     from ditkit.pipeline import Pipeline
 
-    pipe = Pipeline.from_pretrained(args.folder, dtype=args.dtype, device=args.device)
+    pipe = Pipeline.from_pretrained(args.folder, dtype=args.dtype, device=args.device, text_encoder=args.text_encoder)
     pipe = pipe if args.compile is None else pipe.compile(args.compile)
     out = pipe.remake(args.remake) if args.remake else _sample(pipe, args)
     zoom = args.zoom or max(1, 64 // max(out.images[0].size))
@@ -83,7 +93,11 @@ def main(argv: Sequence[str]) -> int:
 def _sample(pipe: Pipeline, args: Args) -> Output:
     return pipe(
         args.class_labels or None,
+        prompt=args.prompt or None,
+        negative_prompt=args.negative_prompt or None,
+        long_prompts=args.long_prompts,
         num_images=args.num_images,
+        num_images_per_prompt=args.num_images_per_prompt,
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
         guidance=args.guidance,
@@ -102,7 +116,8 @@ def summary(out: Output) -> str:
     channels = record["guidance"]["channels"]
     where = "" if channels == "all" or scale in (0, 1) else f" on the first {channels} channels"
     methods = "".join(f", {m['label']}" for m in record["methods"])
+    cut = f", {record['truncated']} prompts cut" if record.get("truncated") else ""
     return (
-        f"{len(out.seeds)} pictures, {record['num_inference_steps']} steps of {record['solver']}, {kind}{where}{methods}, "
+        f"{len(out.seeds)} pictures, {record['num_inference_steps']} steps of {record['solver']}, {kind}{where}{methods}{cut}, "
         f"seeds {out.seeds[0]} to {out.seeds[-1]}, {out.report['seconds']:.1f} s"
     )
