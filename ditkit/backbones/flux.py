@@ -53,7 +53,11 @@ class FluxConfig(Config):
     text_dim: int = Field(4096, ge=1, description="width of the text encoder's states")
     pooled_dim: int = Field(768, ge=1, description="width of the pooled text")
     rope_widths: tuple[int, int, int] = Field((16, 56, 56), description="channels of a head turned by index, row and column")
-    guidance: bool = Field(True, description="the network is told a guidance scale, which was distilled into it (dev)")
+    guidance: float | None = Field(
+        3.5,
+        ge=0,
+        description="scale that the network is told unless the caller says another (dev); None: it has no input for one (schnell)",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> FluxConfig:
@@ -151,7 +155,7 @@ class Flux(Backbone):
 
     config_class = FluxConfig
     traits = frozenset({"grid", "static tokens"})
-    sizes = {"FLUX.1-dev": dict(), "FLUX.1-schnell": dict(guidance=False)}
+    sizes = {"FLUX.1-dev": dict(), "FLUX.1-schnell": dict(guidance=None)}
 
     def __init__(self, config: FluxConfig | None = None, **values: Any) -> None:
         super().__init__()
@@ -159,7 +163,7 @@ class Flux(Backbone):
         self.rope = Rope(cfg.rope_widths)
         self.patch_embed = PatchEmbed(cfg.in_channels, cfg.patch_size, cfg.dim)
         self.time = TimeEmbed(cfg.dim)
-        self.guidance = TimeEmbed(cfg.dim) if cfg.guidance else None
+        self.guidance = TimeEmbed(cfg.dim) if cfg.guidance is not None else None
         self.pooled = VectorEmbed(cfg.pooled_dim, cfg.dim)
         self.text = TextTokens(cfg.text_dim, cfg.dim)
         double = (DoubleBlock({n: self._part() for n in ("text", "img")}) for _ in range(cfg.depth))
@@ -186,16 +190,15 @@ class Flux(Backbone):
         Args:
             text: (B, L, D_text) states of T5.
             pooled: (B, D_pooled) pooled CLIP states.
-            guidance: a number or (B,): the scale that the network was told in its distillation, e.g. 3.5; only where the config has it.
+            guidance: a number or (B,): the scale that the network is told, which was distilled into it; default: the config's.
             mask: (B, L), false at padding that nobody may see. None: all is seen, as FLUX was trained.
         """
-        if (guidance is None) == self.config.guidance:
-            raise DitkitError(
-                f"guidance is {guidance}", allowed="a number, e.g. 3.5" if self.config.guidance else "none: this model has no input for it"
-            )
         layout = self.text.layout(text, mask)
         vector = self.pooled(self.pooled.check(pooled, len(text)))
-        if guidance is not None and self.guidance is not None:
+        guidance = self.config.guidance if guidance is None else guidance
+        if guidance is not None:
+            if self.guidance is None:
+                raise DitkitError(f"guidance is {guidance}", allowed="none: this network has no input for it")
             scale = torch.as_tensor(guidance, dtype=torch.float32, device=text.device).expand(len(text))
             vector = vector + self.guidance(1000 * scale)
         return Prepared({"text": self.text(text), "vector": vector, "layout": layout})
@@ -250,5 +253,5 @@ class Flux(Backbone):
         x = torch.randn(batch, cfg.in_channels, *cfg.input_size, generator=g)
         text, pooled = torch.randn(batch, 5, cfg.text_dim, generator=g), torch.randn(batch, cfg.pooled_dim, generator=g)
         mask = torch.arange(5)[None] < torch.randint(2, 6, (batch, 1), generator=g)
-        told = {"guidance": 1 + 3 * torch.rand(batch, generator=g)} if cfg.guidance else {}
+        told = {"guidance": 1 + 3 * torch.rand(batch, generator=g)} if cfg.guidance is not None else {}
         return x, torch.rand(batch, generator=g), {"text": text, "pooled": pooled, "mask": mask, **told}

@@ -47,7 +47,7 @@ def official_table(config: FluxConfig) -> Table:
         Row("final.proj", "final_layer.linear"),
     ]
     for ours, (theirs, _) in EMBEDDERS.items():
-        if ours != "guidance" or config.guidance:
+        if ours != "guidance" or config.guidance is not None:
             rows += [Row(f"{ours}.fc1", f"{theirs}.in_layer"), Row(f"{ours}.fc2", f"{theirs}.out_layer")]
     rows += [row for i in range(config.depth) for row in _official_double(i)]
     rows += [row for i in range(config.single_depth) for row in _official_single(f"blocks.{config.depth + i}", f"single_blocks.{i}")]
@@ -83,7 +83,7 @@ def diffusers_table(config: FluxConfig) -> Table:
         Row("final.proj", "proj_out"),
     ]
     for ours, (_, theirs) in EMBEDDERS.items():
-        if ours != "guidance" or config.guidance:
+        if ours != "guidance" or config.guidance is not None:
             rows += [Row(f"{ours}.fc{n}", f"time_text_embed.{theirs}_embedder.linear_{n}") for n in (1, 2)]
     rows += [row for i in range(config.depth) for row in _diffusers_double(i)]
     d, hidden = config.dim, int(config.dim * config.mlp_ratio)
@@ -126,6 +126,7 @@ class Ours(Config):
 
     input_size: tuple[int, int] = Field((128, 128), description="height and width of the training data, in latent pixels")
     patch_size: int = Field(2, ge=1)
+    guidance: float = Field(3.5, ge=0, description="scale that a network with an input for it is told")
 
 
 class Constructor(Config):
@@ -163,7 +164,7 @@ class Constructor(Config):
             text_dim=self.context_in_dim,
             pooled_dim=self.vec_in_dim,
             rope_widths=self.axes_dim,
-            guidance=self.guidance_embed,
+            guidance=ours.guidance if self.guidance_embed else None,
         )
 
 
@@ -180,18 +181,18 @@ def constructor_of(config: FluxConfig) -> Constructor:
         depth=config.depth,
         depth_single_blocks=config.single_depth,
         axes_dim=config.rope_widths,
-        guidance_embed=config.guidance,
+        guidance_embed=config.guidance is not None,
     )
 
 
 def ours_of(config: FluxConfig) -> Ours:
     """What no other layout can say."""
-    return Ours(input_size=config.input_size, patch_size=config.patch_size)
+    return Ours(input_size=config.input_size, patch_size=config.patch_size, guidance=3.5 if config.guidance is None else config.guidance)
 
 
 def released_defaults(system: str, config: FluxConfig) -> tuple[Part, Sampling]:
     """dev: 28 Euler steps, shifted by the number of tokens; schnell: 4 steps without a shift. Guidance is told, not computed."""
-    if config.guidance:
+    if config.guidance is not None:
         process = Part(name="flow", config={"network_time": FLOW_TIME, "resolution": "exponential"})
         return process, Sampling(solver="euler", num_inference_steps=28, guidance={"scale": 1.0})
     return Part(name="flow", config={"network_time": FLOW_TIME}), Sampling(solver="euler", num_inference_steps=4, guidance={"scale": 1.0})
@@ -224,7 +225,7 @@ def config_from_official(shapes: Mapping[str, Shape], hints: Hints, where: str =
         text_dim=shapes["txt_in.weight"][1],
         pooled_dim=shapes["vector_in.in_layer.weight"][1],
         rope_widths=(head - 4 * side, 2 * side, 2 * side),
-        guidance="guidance_in.in_layer.weight" in shapes,
+        guidance=3.5 if "guidance_in.in_layer.weight" in shapes else None,
     )
 
 
@@ -282,7 +283,7 @@ def config_from_diffusers(values: Mapping[str, Any], where: str = "config.json",
         text_dim=cfg.joint_attention_dim,
         pooled_dim=cfg.pooled_projection_dim,
         rope_widths=cfg.axes_dims_rope,
-        guidance=cfg.guidance_embeds,
+        guidance=ours.guidance if cfg.guidance_embeds else None,
     )
 
 
@@ -300,7 +301,7 @@ def config_to_diffusers(config: FluxConfig) -> dict[str, Any]:
         num_attention_heads=config.num_heads,
         joint_attention_dim=config.text_dim,
         pooled_projection_dim=config.pooled_dim,
-        guidance_embeds=config.guidance,
+        guidance_embeds=config.guidance is not None,
         axes_dims_rope=list(config.rope_widths),
         _class_name=CLASS,
         **({} if ours_of(config) == Ours() else {"_ditkit": ours_of(config).to_dict()}),
@@ -322,7 +323,7 @@ def live_inputs(config: FluxConfig, batch: int, normal: Any) -> tuple[dict[str, 
     import torch
 
     text, pooled = normal("text", (6, config.text_dim)), normal("pooled", (config.pooled_dim,))
-    told = {"guidance": 2.0 ** torch.arange(batch)} if config.guidance else {}
+    told = {"guidance": 2.0 ** torch.arange(batch)} if config.guidance is not None else {}
     theirs = {"encoder_hidden_states": text, "pooled_projections": pooled, "txt_ids": torch.zeros(6, 3), "patch": config.patch_size}
     return {"text": text, "pooled": pooled, **told}, {**theirs, **told}
 

@@ -70,7 +70,7 @@ def inputs(cfg):
     g = torch.Generator().manual_seed(1)
     x = torch.randn(2, cfg.in_channels, *(2 * n for n in GRID), generator=g)
     cond = {"text": torch.randn(2, 5, cfg.text_dim, generator=g), "pooled": torch.randn(2, cfg.pooled_dim, generator=g)}
-    return x, torch.tensor([0.3, 0.7]), cond, {"guidance": torch.tensor([3.5, 1.0])} if cfg.guidance else {}
+    return x, torch.tensor([0.3, 0.7]), cond, {"guidance": torch.tensor([3.5, 1.0])} if cfg.guidance is not None else {}
 
 
 def run_theirs(live, x, t, cond, told):
