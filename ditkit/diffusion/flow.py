@@ -34,7 +34,8 @@ class FlowConfig(Config):
     mode_scale: float = Field(
         1.29, ge=-1, le=2 / (math.pi - 2), description="of times drawn by mode: above 0 more in the middle, below 0 more at the ends"
     )
-    train_shift: float = Field(1.0, gt=0, description="shift of the training times; 1: none")
+    train_shift: float = Field(1.0, gt=0, description="shift of the training times; 1: none, below 1 towards data")
+    train_range: tuple[float, float] = Field((0.0, 1.0), description="training times, 0 to 1, are brought into this range at last")
     shift: float = Field(1.0, gt=0, description="shift of a sampler's times; 1: none, 3: SD3")
     resolution: Literal["none", "sqrt", "exponential"] = Field(
         "none",
@@ -54,6 +55,13 @@ class FlowConfig(Config):
         if not 0 < mu[0][0] < mu[1][0]:
             raise ValueError("two ascending areas are needed")
         return mu
+
+    @field_validator("train_range")
+    @classmethod
+    def _in_order(cls, ends: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= ends[0] < ends[1] <= 1:
+            raise ValueError("two ascending times from 0 to 1 are needed")
+        return ends
 
 
 class Flow(Process):
@@ -100,7 +108,8 @@ class Flow(Process):
             u = torch.sigmoid(cfg.logit_mean + cfg.logit_std * torch.special.ndtri(u.clamp(tiny, 1 - tiny)))
         elif cfg.time_sampling == "mode":
             u = 1 - u - cfg.mode_scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)  # SD3, eq. 20
-        return shift_time(u, cfg.train_shift)
+        low, high = cfg.train_range
+        return low + (high - low) * shift_time(u, cfg.train_shift)
 
     def grid(self, num_steps: int, spacing: str) -> Tensor:
         """uniform: from 1 to 0 in equal steps; linspace: the last step starts at 1 / num_train_steps. Then shifted, once.

@@ -21,6 +21,7 @@ from .adaptive import dopri5
 from .guidance import Denoise
 from .noise import Draw
 from .process import Coefficients, Prediction, Process, like, posterior
+from .runge_kutta import midpoint, rk4
 from .sde import euler_maruyama
 from .solver import SOLVERS, Solver, solver
 
@@ -36,6 +37,8 @@ __all__ = [
     "euler",
     "euler_maruyama",
     "heun",
+    "midpoint",
+    "rk4",
     "solver",
 ]
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ditkit.core.config import Config
 
-System = Literal["dit", "sit", "pixart-alpha", "pixart-sigma", "sd3", "flux"]
+System = Literal["dit", "sit", "pixart-alpha", "pixart-sigma", "sd3", "flux", "flag-dit", "lumina-t2i", "next-dit", "lumina-next"]
 
 
 class Hints(Config):

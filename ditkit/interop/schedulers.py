@@ -143,7 +143,7 @@ def read_flow_scheduler(path: Path, process: Part, sampling: Sampling) -> tuple[
     else:
         settings = {"shift": cfg.shift, "num_train_steps": cfg.num_train_timesteps}
     options = {"spacing": "uniform" if cfg.use_dynamic_shifting else "linspace"}
-    told = {"network_time": process.config["network_time"]}
+    told: dict[str, Any] = {key: process.config[key] for key in ("network_time", "discard_half") if key in process.config}
     return Part(name="flow", config={**told, **settings}), sampling.model_copy(update={"options": options})
 
 

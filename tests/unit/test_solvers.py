@@ -145,9 +145,11 @@ def error_of_the_ode(name, process, num_steps):
         ("heun", Flow(), 2),
         ("heun", GVP, 2),
         ("heun", VP, 2),
+        ("midpoint", GVP, 2),
+        ("rk4", Flow(), 4),
         ("dpm++2m", GVP, 2),
     ],
-    ids=["ddim", "ddim-flow", "euler", "euler-gvp", "heun", "heun-gvp", "heun-vp", "dpm++2m-gvp"],
+    ids=["ddim", "ddim-flow", "euler", "euler-gvp", "heun", "heun-gvp", "heun-vp", "midpoint-gvp", "rk4", "dpm++2m-gvp"],
 )
 def test_the_error_of_the_ode_falls_with_the_order_of_the_solver(name, process, order):
     coarse, fine = (error_of_the_ode(name, process, n) for n in (80, 160))
@@ -355,7 +357,7 @@ def test_adaptive_steps_refuse_scheduled_methods():
         SOLVERS["dopri5"](denoise, x, flow, run, noise.source([0, 1], x))
 
 
-@pytest.mark.parametrize("name", ["euler", "heun", "dopri5", "ddim", "dpm++2m"])
+@pytest.mark.parametrize("name", ["euler", "heun", "midpoint", "rk4", "dopri5", "ddim", "dpm++2m"])
 def test_there_and_back(name):
     """Inversion: from data to noise along increasing times, and back."""
     flow = Flow()
