@@ -10,8 +10,10 @@ from golden import relative
 from safetensors.torch import load_file, save_file
 
 from ditkit.backbones.dit import draw_parameters
+from ditkit.conditioning import Text
 from ditkit.core.errors import ConfigError, DitkitError, WeightsError
 from ditkit.core.view import with_methods
+from ditkit.diffusion import noise
 from ditkit.interop.convert import convert, open_any
 from ditkit.interop.families import family
 from ditkit.interop.hints import Hints
@@ -19,6 +21,7 @@ from ditkit.interop.lora import load_lora
 from ditkit.interop.tables import Renamed
 from ditkit.interop.verify import quiet_imports, verify
 from ditkit.loading import load_model
+from ditkit.pipeline import Pipeline
 
 with quiet_imports():
     from diffusers import (
@@ -191,3 +194,29 @@ def test_a_lora_for_another_family_is_refused(made, tmp_path, other):
     save_file({f"{other}.lora_down.weight": torch.zeros(1, 2), f"{other}.lora_up.weight": torch.zeros(2, 1)}, tmp_path / "x.safetensors")
     with pytest.raises(DitkitError, match=other.removeprefix("lora_unet_")):
         load_lora(tmp_path / "x.safetensors", base)
+
+
+@torch.no_grad()
+def test_sampling_is_that_of_diffusers_pipeline(made):
+    """From the folder to pixels, guided (SD3: by a negative prompt, FLUX: by the scale it is told), on prompts encoded elsewhere."""
+    name, folder = made
+    pipe = Pipeline.from_pretrained(folder, device="cpu")
+    g = torch.Generator().manual_seed(3)
+    text, pooled = torch.randn(2, 1, 5, 10, generator=g), torch.randn(2, 1, 6, generator=g)
+    prompts = [Text(s, torch.ones(1, 5, dtype=torch.bool), p) for s, p in zip(text, pooled)]
+    latents = noise.normal([7], 0, "start", (4, 8, 8))
+    options = dict(num_inference_steps=4, height=8, width=8, output_type="pt", prompt_embeds=text[0], pooled_prompt_embeds=pooled[0])
+    live = pipeline(name)
+    live.set_progress_bar_config(disable=True)
+    if name == "mmdit":
+        negative = dict(negative_prompt_embeds=text[1], negative_pooled_prompt_embeds=pooled[1])
+        want = live(**options, **negative, guidance_scale=5.0, latents=latents).images
+        got = pipe(prompt_embeds=prompts[0], negative_prompt_embeds=prompts[1], guidance_scale=5.0, **TWICE)
+    else:
+        want = live(**options, guidance_scale=3.5, latents=live._pack_latents(latents, *latents.shape)).images
+        got = pipe(prompt_embeds=prompts[0], seed=7, num_inference_steps=4, progress=False)
+    assert ((want > 0) & (want < 1)).float().mean() > 0.5, "most pixels are no clipped ones"
+    assert relative(got.x, 2 * want - 1) <= 1e-5
+
+
+TWICE = dict(solver="euler", solver_options={"spacing": "twice"}, seed=7, num_inference_steps=4, progress=False)
