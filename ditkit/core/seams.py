@@ -99,6 +99,11 @@ class Seam:
         at = {name: [layer for layer in layers if hasattr(layer[0], name)] for name in ("branch", "update", "attend", "linear")}
         self._branch, self._update, self._attend, self._linear = at["branch"], at["update"], at["attend"], at["linear"]
 
+    @property
+    def adapts(self) -> bool:
+        """Whether a layer acts on projections here: what was projected ahead, without it, would not be right."""
+        return bool(self._linear)
+
     def residual(self, name: str, f: Callable[..., Any], h: dict[str, Tensor], gate: dict[str, Any], s: Streams) -> Streams:
         """x_k += gate_k f(h)_k for the streams k that f returns. ``branch`` is around f, ``update`` around gate * f."""
         y = onion(f, _sites(self._branch, name, s), "branch")(h)

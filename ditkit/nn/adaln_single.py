@@ -104,32 +104,48 @@ class AdaLNSingleBlock(nn.Module):
 
     def forward(self, s: Streams, seam: Seam, prepared: dict[str, Tensor] | None = None) -> Streams:
         """One block. ``prepared``: k and v of the text, where they were made ahead."""
+        assert s["img"].c is not None
+        mod = self.modulation(s["img"].c)
+        s = self.attend(s, seam, *mod[:3])
+        s = self.ask(s, seam, prepared)
+        return self.feed(s, seam, *mod[3:])
+
+    def attend(self, s: Streams, seam: Seam, shift: Tensor, scale: Tensor, gate: Tensor) -> Streams:
+        """Among the tokens of "img"."""
         layout, down = s["img"].layout, self.attn.down
         fewer = layout if down is None else down.layout(layout)  # here, so that the two kinds never share a graph
 
-        def img(name: str, module: nn.Module, x: Tensor) -> Tensor:
-            return seam.linear(f"img.{name}", module, x)
-
         def attention(h: dict[str, Tensor]) -> dict[str, Tensor]:
-            q, k, v = self.attn.to_qkv(h["img"], layout.grid or (), img)
+            q, k, v = self.attn.to_qkv(h["img"], layout.grid or (), img(seam))
             call = Attn("attn", {"img": q}, {"img": k}, {"img": v}, {"img": layout}, {"img": fewer})
-            return {"img": img("proj", self.attn.proj, merge(seam.attend(call, s)["img"]))}
+            return {"img": img(seam)("proj", self.attn.proj, merge(seam.attend(call, s)["img"]))}
+
+        return seam.residual("attn", attention, {"img": modulate(s["img"].x, shift, scale)}, {"img": gate}, s)
+
+    def ask(self, s: Streams, seam: Seam, prepared: dict[str, Tensor] | None = None) -> Streams:
+        """The text."""
 
         def cross(h: dict[str, Tensor]) -> dict[str, Tensor]:
             text = s["text"]
             kv = prepared or self.cross.to_kv(text.x, lambda name, module, x: seam.linear(f"text.{name}", module, x))
-            q = heads(img("cross_q", self.cross.q, h["img"]), self.cross.num_heads)
+            q = heads(img(seam)("cross_q", self.cross.q, h["img"]), self.cross.num_heads)
             call = Attn("cross", {"img": q}, {"text": kv["k"]}, {"text": kv["v"]}, {"img": s["img"].layout}, {"text": text.layout})
-            return {"img": img("cross_proj", self.cross.proj, merge(seam.attend(call, s)["img"]))}
+            return {"img": img(seam)("cross_proj", self.cross.proj, merge(seam.attend(call, s)["img"]))}
+
+        return seam.residual("cross", cross, {"img": s["img"].x}, {}, s)  # neither norm nor gate
+
+    def feed(self, s: Streams, seam: Seam, shift: Tensor, scale: Tensor, gate: Tensor) -> Streams:
+        """The MLP."""
 
         def mlp(h: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {"img": self.mlp(h["img"], img)}
+            return {"img": self.mlp(h["img"], img(seam))}
 
-        assert s["img"].c is not None
-        b1, s1, g1, b2, s2, g2 = self.modulation(s["img"].c)
-        s = seam.residual("attn", attention, {"img": modulate(s["img"].x, b1, s1)}, {"img": g1}, s)
-        s = seam.residual("cross", cross, {"img": s["img"].x}, {}, s)  # neither norm nor gate
-        return seam.residual("mlp", mlp, {"img": modulate(s["img"].x, b2, s2)}, {"img": g2}, s)
+        return seam.residual("mlp", mlp, {"img": modulate(s["img"].x, shift, scale)}, {"img": gate}, s)
+
+
+def img(seam: Seam, prefix: str = "") -> Linear:
+    """The seam ``linear`` for the projections of "img", with ``prefix`` before their names."""
+    return lambda name, module, x: seam.linear(f"img.{prefix}{name}", module, x)
 
 
 def merge(o: Tensor) -> Tensor:

@@ -172,6 +172,7 @@ def test_a_lora_reaches_the_text() -> None:
     with torch.no_grad():
         merged = view.attached[0].merge(view)  # type: ignore[operator]
         assert relative(view(x, t, **cond), merged(x, t, **cond)) < 1e-5
+        assert torch.equal(view(x, t, model.prepare(**cond)), view(x, t, **cond)), "keys made by the base are not used"
         assert not torch.equal(view(x, t, **cond), model(x, t, **cond))
 
 
