@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ditkit.bundle import BundleConfig
 from ditkit.conditioning import encoder_from
-from ditkit.conditioning.inputs import network_inputs, takes_text, told_size
+from ditkit.conditioning.inputs import check_width, network_inputs, takes_text, told_size
 from ditkit.conditioning.text import LongPrompts, Text, TextEncoder, check_prompts
 from ditkit.core.errors import ConfigError, DitkitError
 from ditkit.request import expand_labels, images_in_all, whole
@@ -165,6 +165,7 @@ class Captions:
                 f"the bundle of this {self.model.name} names no text encoder",
                 hint="from_pretrained(..., text_encoder=...), or give prompt_embeds",
             )
+        check_width(self.model, self.encoder.dim, self.encoder.pooled_dim)  # before large weights are read
         tokens = self.encoder.to(device).tokenize(texts, self.long_prompts)
         known: dict[str, Text] = {}
         for k, text in enumerate(texts):

@@ -145,7 +145,7 @@ class TransformersEncoder(TextEncoder):
     def tokenizer_folder(self) -> Path:
         """Where the tokenizer's files are."""
         beside = self.folder.parent / self.folder.name.replace("text_encoder", "tokenizer")
-        given = [Path(self.config.tokenizer).expanduser()] if self.config.tokenizer else [self.folder, beside]
+        given = [Path(self.config.tokenizer).expanduser()] if self.config.tokenizer else list(dict.fromkeys([self.folder, beside]))
         for folder in given:
             if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
                 return folder
@@ -154,6 +154,7 @@ class TransformersEncoder(TextEncoder):
         )
 
     def cut(self, prompts: Sequence[str], how: LongPrompts) -> tuple[Tokens, list[int]]:
+        _ = self.described  # another kind of model is named before its tokenizer is missed
         tokenizer, length = self.tokenizer, self.config.max_length
         lengths = [len(ids) for ids in tokenizer(list(prompts), verbose=False)["input_ids"]]
         found = tokenizer(
