@@ -377,9 +377,10 @@ class TestTogether:
             view = together(tiny(backbone), first)
         except Conflict as reason:
             pytest.skip(str(reason))
-        earlier = [other for other, _ in METHODS if other < first]
-        if any(set(together(tiny(backbone), other).methods) == set(view.methods) for other in earlier):
-            pytest.skip("the same methods as before")
+        for other in sorted({name for name, _ in METHODS if name < first}):
+            with contextlib.suppress(Conflict):  # one that this backbone refuses
+                if set(together(tiny(backbone), other).methods) == set(view.methods):
+                    pytest.skip("the same methods as before")
         compiled_like_eager(view, "block")
 
 
