@@ -1,8 +1,9 @@
 """Contract tests for every registered backbone, every method on every backbone, and all pairs of methods.
 
-By default pairs run on the two of ``PAIR_BACKBONES``; graphs of whole steps, and of all methods that go together, are captured on the last
-of them, which has all that the first has. Where a backbone's config can choose other networks (``tinies``, named ``dit:adaln``), these
-run too, with the methods of ``ON_VARIANTS``. ``DITKIT_MATRIX=1`` runs and captures everything, every pair and setting, on every backbone.
+By default each method's first setting runs on every backbone, and all its settings, and pairs, on the two of ``PAIR_BACKBONES``. Graphs are
+captured of every backbone alone and with the methods of ``CAPTURED`` together; of each method, of their pairs and of all that go together
+on the last of the two, which has all that the first has. Where a backbone's config can choose other networks (``tinies``, named
+``dit:adaln``), these run too, with the methods of ``ON_VARIANTS``. ``DITKIT_MATRIX=1`` runs and captures everything everywhere.
 """
 
 from __future__ import annotations
@@ -33,14 +34,21 @@ from ditkit.loading import empty_model
 from .trajectory import STEPS, Counted, relative, sample, steps
 
 PAIR_BACKBONES = ("dit", "two_streams")
-CAPTURED = {"fora", "int8", "lora"}  # a cache, a replaced layer, a layer beside: their pairs are captured by default too
+CAPTURED = ("fora", "int8", "lora")  # a cache, a replaced layer, a layer beside
 ON_VARIANTS = {"fora", "lora"}  # one that keeps branches, one that adds to every projection: what other blocks could get wrong
 MATRIX = bool(os.environ.get("DITKIT_MATRIX"))
 BACKBONES = sorted(registry.entries("backbones"))
 METHODS = [(name, i) for name in sorted(registry.entries("methods")) for i in range(len(registry.get("methods", name).tiny()))]  # type: ignore[attr-defined]
 OFF = [(name, i) for name in sorted(registry.entries("methods")) for i in range(len(registry.get("methods", name).off()))]  # type: ignore[attr-defined]
 PAIRS = [(a, b) for a, b in itertools.combinations(METHODS, 2) if a[0] != b[0] and a[1] == b[1] == 0]
-__all__ = ["TestBackbone", "TestMethod", "TestOff", "TestPair", "TestTogether"]
+__all__ = [
+    "TestBackbone",
+    "TestMethod",
+    "TestOff",
+    "TestPair",
+    "TestTogether",
+    "test_graphs_of_three_methods_that_differ_in_kind_are_as_computed",
+]
 
 
 @lru_cache
@@ -56,6 +64,13 @@ def tiny(backbone: str) -> Backbone:
 
 
 VARIANTS = [f"{name}:{variant}" if variant else name for name in BACKBONES for variant in tinies(name)]
+
+
+def by_default(backbone: str, case: tuple[str, int]) -> bool:
+    """Whether a method's setting runs on a network unless everything does."""
+    if backbone in PAIR_BACKBONES:
+        return True
+    return case[1] == 0 and (backbone in BACKBONES or case[0] in ON_VARIANTS)
 
 
 def make(case: tuple[str, int]) -> Method:
@@ -236,7 +251,7 @@ class TestOff:
 
 @pytest.mark.parametrize(
     ("backbone", "case"),
-    [(b, c) for c in METHODS for b in VARIANTS if b in BACKBONES or MATRIX or (c[1] == 0 and c[0] in ON_VARIANTS)],
+    [(b, c) for c in METHODS for b in VARIANTS if MATRIX or by_default(b, c)],
     ids=label,
 )
 class TestMethod:
@@ -298,8 +313,8 @@ class TestMethod:
 
     @pytest.mark.parametrize("grain", ["block", "step"])
     def test_compiled_equals_eager_and_graphs_are_as_computed(self, backbone: str, case: tuple[str, int], grain: str) -> None:
-        if not MATRIX and (case[1] or backbone not in BACKBONES or grain == "step" and backbone != PAIR_BACKBONES[-1]):
-            pytest.skip("graphs of further settings and networks, and of whole steps on further backbones: DITKIT_MATRIX=1")
+        if not MATRIX and (case[1] or backbone != PAIR_BACKBONES[-1]):
+            pytest.skip("graphs of each setting on each backbone: DITKIT_MATRIX=1")
         compiled_like_eager(view_of(backbone, case), grain)
 
     def test_state_returns(self, backbone: str, case: tuple[str, int]) -> None:
@@ -354,7 +369,7 @@ class TestPair:
         assert out.isfinite().all()
         assert torch.equal(sample(draw(with_methods(with_methods(base, make(b)), make(a)))), out), "the order of attaching matters"
         assert torch.equal(sample(base), before)
-        if MATRIX or backbone == PAIR_BACKBONES[-1] and {a[0], b[0]} <= CAPTURED:
+        if MATRIX or backbone == PAIR_BACKBONES[-1] and {a[0], b[0]} <= set(CAPTURED):
             compiled_like_eager(view, "block")
 
 
@@ -372,6 +387,8 @@ def together(base: Backbone, first: str) -> Backbone:
 @pytest.mark.parametrize("backbone", BACKBONES if MATRIX else PAIR_BACKBONES[-1:])
 @pytest.mark.parametrize("first", sorted({name for name, _ in METHODS}))
 class TestTogether:
+    """Graphs of several methods at once."""
+
     def test_graphs_of_all_that_go_together_are_as_computed(self, backbone: str, first: str) -> None:
         try:
             view = together(tiny(backbone), first)
@@ -382,6 +399,15 @@ class TestTogether:
                 if set(together(tiny(backbone), other).methods) == set(view.methods):
                     pytest.skip("the same methods as before")
         compiled_like_eager(view, "block")
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_graphs_of_three_methods_that_differ_in_kind_are_as_computed(backbone: str) -> None:
+    view = tiny(backbone)
+    for name in CAPTURED:
+        with contextlib.suppress(Conflict):
+            view = with_methods(view, make((name, 0)))
+    compiled_like_eager(draw(view), "block")
 
 
 def documented(cls: type) -> bool:
