@@ -77,6 +77,14 @@ def test_training_times():
     assert torch.allclose(Flow(train_shift=3.0).sample_time(u), shift_time(u, 3.0))
 
 
+def test_training_times_stay_within_their_range():
+    flow = Flow(train_range=(0.2, 0.6), train_shift=3.0)
+    assert flow.sample_time(torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)).tolist() == pytest.approx([0.2, 0.5, 0.6])
+    for ends in ((0.6, 0.2), (0.5, 0.5), (-0.1, 1.0), (0.0, 1.5)):
+        with pytest.raises(ConfigError, match="two ascending times"):
+            Flow(train_range=ends)
+
+
 def test_mode_sampling_is_a_map_of_the_unit_interval_onto_itself():
     """SD3, eq. 20: scale 0 is uniform; above 0 the middle gets more, symmetrically; at -1 t = cos^2(pi u / 2)."""
     u = torch.linspace(0, 1, 1001, dtype=torch.float64)
