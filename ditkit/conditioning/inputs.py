@@ -20,8 +20,8 @@ def wants(model: Any) -> frozenset[str]:
 
 
 def takes_text(model: Any) -> bool:
-    """Whether it is told captions; otherwise class labels."""
-    return "text" in wants(model)
+    """Whether it is told captions; otherwise class labels, as a network that could be either is without a ``text_dim``."""
+    return "text" in wants(model) and getattr(model.config, "text_dim", 0) is not None
 
 
 def network_inputs(model: Any, text: Text, masked: bool = True) -> dict[str, Tensor]:
@@ -34,7 +34,7 @@ def network_inputs(model: Any, text: Text, masked: bool = True) -> dict[str, Ten
         DitkitError: the model is told labels, or what the encoder does not give, or states of another width.
     """
     known = wants(model)
-    if "text" not in known:
+    if not takes_text(model):
         raise DitkitError(f"{model.name} is told class labels, not captions", allowed="class_labels")
     if text.states.dim() != 3 or text.mask.shape != text.states.shape[:2]:
         raise DitkitError(f"states are {tuple(text.states.shape)}, their mask {tuple(text.mask.shape)}", allowed="(B, L, D) and (B, L)")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ditkit.backbones.lumina import Lumina, LuminaConfig
+from ditkit.conditioning.inputs import takes_text
 from ditkit.core.errors import ConfigError, DitkitError
 from ditkit.core.seams import Seam
 from ditkit.eval.counters import count_forward
@@ -353,3 +354,8 @@ def test_nothing_is_said_by_null(kind):
     name = next(iter(cond))
     other = {**cond, name: cond[name].flip(0)}
     assert torch.equal(model(x, t, **model.null(**other)), model(x, t, **null))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_configuration_says_whether_it_is_told_captions(kind):
+    assert takes_text(small(kind)) == (kind in TEXTS)
