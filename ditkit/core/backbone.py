@@ -6,7 +6,7 @@ run's slots, and stores what it hands out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -120,6 +120,10 @@ class Backbone(nn.Module):
     def told(self, cond: dict[str, Any]) -> dict[str, Any]:
         """Conditioning as ``prepare`` takes it: where it holds ``tokens``, the encoder is asked what they say."""
         return self.encoder.conditioning(self, **cond) if self.encoder is not None and "tokens" in cond else cond
+
+    def shorter(self, keep: Sequence[int]) -> dict[str, Any]:
+        """The values of the configuration that change when only the blocks ``keep`` (ascending) stay."""
+        return {"depth": len(keep)}
 
     def embed(self, x: Tensor, t: Tensor, prepared: Prepared) -> Streams:
         """x (B, C, ...), network time t (B,) or (B, N) -> streams."""
