@@ -6,9 +6,10 @@ run's slots, and stores what it hands out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .config import Config
@@ -72,8 +73,8 @@ class Backbone(nn.Module):
 
     A block is an ``nn.Module`` with ``branches`` (its residual sub-layers), ``calls(streams)`` (its attention calls: name ->
     query streams, key streams), ``projections()`` (what the seam ``linear`` is called with: name -> module) and
-    ``forward(streams, seam, **extra)``; it may have ``masks`` of its own (windows in every second block), and ``keys(call, layouts)``, the
-    key layouts of a call whose keys are not the tokens of their stream (fewer: compression).
+    ``forward(streams, seam, **extra)``; it may have ``masks`` of its own (windows in every second block; a dict by call where calls
+    differ), and ``keys(call, layouts)``, the key layouts of a call whose keys are not the tokens of their stream (fewer: compression).
     """
 
     name: ClassVar[str] = ""
@@ -116,6 +117,14 @@ class Backbone(nn.Module):
     def prepare(self, **cond: Any) -> Prepared:
         """Once a run: what does not depend on time. Checks the conditioning."""
         raise NotImplementedError
+
+    def ahead(self) -> bool:
+        """Whether ``prepare`` may compute what belongs to a block, such as keys and values of a text: not where a method acts on
+        projections, nor in training, where all of it would be kept for the backward pass, nor where a block gathers its weights when
+        it is called (FSDP)."""
+        acted_on = any(hasattr(m, "linear") for m in self.attached)
+        sharded = any(type(p).__name__ == "DTensor" for p in self.blocks.parameters())
+        return not (acted_on or sharded or torch.is_grad_enabled())
 
     def told(self, cond: dict[str, Any]) -> dict[str, Any]:
         """Conditioning as ``prepare`` takes it: where it holds ``tokens``, the encoder is asked what they say."""
@@ -256,7 +265,7 @@ class _Segment:
 
     def _masks(self, i: int, s: Streams, extra: dict[str, Any]) -> dict[str, Mask]:
         run, layers, block = self.run, self.run.plan()[i].layers, self.model.blocks[i]
-        functions: list[MaskFn] = [*self.model.masks, *block_masks(block), *(m.mask for m, _ in layers if hasattr(m, "mask"))]  # type: ignore[list-item]
+        added: list[MaskFn] = [m.mask for m, _ in layers if hasattr(m, "mask")]  # type: ignore[misc]
         masks = {}
         for call, (q_names, k_names) in block.calls(s).items():  # type: ignore[operator]
             q = {n: s[n].layout for n in q_names}
@@ -264,6 +273,7 @@ class _Segment:
             k = block.keys(call, k) if hasattr(block, "keys") else k  # type: ignore[operator]
             for m, at in layers:
                 k = m.keys(call, k, at)
+            functions = [*self.model.masks, *block_masks(block, call), *added]
             key = (tuple(functions), tuple((n, id(u)) for n, u in q.items()), tuple((n, id(u)) for n, u in k.items()))
             if key not in run.masks:  # the layouts are kept with the mask, so that an id stands for one of them
                 run.masks[key] = self.old_masks.get(key) or (render(functions, q, k), q, k)
@@ -293,12 +303,19 @@ def block_kind(block: nn.Module) -> Hashable:
     """Blocks of one kind share their graphs: same modules, same shapes."""
     tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
     modules = tuple((n, type(m).__name__, getattr(m, "kind", None)) for n, m in block.named_modules())
-    return modules, tuple((n, tuple(p.shape), p.dtype) for n, p in tensors.items()), block_masks(block)
+    return modules, tuple((n, tuple(p.shape), p.dtype) for n, p in tensors.items()), tuple(all_masks(block).items())
 
 
-def block_masks(block: nn.Module) -> tuple[MaskFn, ...]:
-    """The mask functions of one block."""
-    return getattr(block, "masks", ())
+def block_masks(block: nn.Module, call: str) -> tuple[MaskFn, ...]:
+    """The mask functions of one block for one of its attention calls."""
+    masks = all_masks(block)
+    return masks.get("", ()) + masks.get(call, ())
+
+
+def all_masks(block: nn.Module) -> Mapping[str, tuple[MaskFn, ...]]:
+    """The mask functions of one block, by call; "": of all calls."""
+    masks = getattr(block, "masks", ())
+    return masks if isinstance(masks, Mapping) else {"": masks}
 
 
 __all__ = ["At", "Backbone", "Done", "Part", "Prepared", "block_kind", "count_graphs", "run_blocks"]

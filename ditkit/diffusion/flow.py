@@ -47,6 +47,7 @@ class FlowConfig(Config):
         ((1024, 0.5), (16384, 1.15)), description="two areas, and mu at each; FLUX counts tokens, of four latent pixels each: 256 and 4096"
     )
     num_train_steps: int = Field(1000, ge=1, description="only for the spacing 'linspace', whose last step starts at 1 / num_train_steps")
+    backward: bool = Field(False, description="the network's velocity points from noise to data: x0 - eps (Qihoo-T2X)")
     discard_half: bool = Field(False, description="the network has a second half of output channels that means nothing (SiT's learn_sigma)")
 
     @field_validator("mu")
@@ -139,7 +140,7 @@ class Flow(Process):
     def velocity(self, output: Tensor, x: Tensor) -> Tensor:
         """dx_t/dt of public time."""
         v, _ = self.split(output, x)
-        return -v if self.config.network_time == "sit" else v
+        return -v if (self.config.network_time == "sit") != self.config.backward else v
 
 
 def told(convention: TimeConvention, t: Time) -> Tensor:

@@ -19,7 +19,7 @@ from ditkit.core.errors import DitkitError
 from .hints import Hints
 from .tables import Shape, Table
 
-FAMILIES = ("dit", "pixart", "mmdit", "flux", "lumina")
+FAMILIES = ("dit", "pixart", "mmdit", "flux", "lumina", "pt_dit")
 Normal = Callable[[str, tuple[int, ...]], Tensor]  # purpose, shape of one sample -> (B, *shape)
 
 
@@ -33,7 +33,7 @@ class Arguments(Protocol):
 class Family(Protocol):
     """What a module of tables gives."""
 
-    CLASS: str  # of diffusers' transformer
+    CLASS: str  # of diffusers' transformer; "": it has none
     PIPELINES: tuple[str, ...]  # diffusers' pipelines around it
     INDEX_KEYS: tuple[str, ...]  # their parts, as model_index.json names them
     SYSTEMS: tuple[str, ...]  # the released systems that share the network

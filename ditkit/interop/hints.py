@@ -9,7 +9,9 @@ from pydantic import Field
 
 from ditkit.core.config import Config
 
-System = Literal["dit", "sit", "pixart-alpha", "pixart-sigma", "sd3", "flux", "flag-dit", "lumina-t2i", "next-dit", "lumina-next"]
+System = Literal[
+    "dit", "sit", "pixart-alpha", "pixart-sigma", "sd3", "flux", "flag-dit", "lumina-t2i", "next-dit", "lumina-next", "qihoo-t2x"
+]
 
 
 class Hints(Config):

@@ -70,7 +70,7 @@ def read_transformer(path: Path, as_released: bool = False) -> tuple[str, Family
     values = _json(path)
     backbone = next((name for name, tables in families().items() if tables.is_diffusers(values)), None)
     if backbone is None:
-        name, known = values.get("_class_name"), [tables.CLASS for tables in families().values()]
+        name, known = values.get("_class_name"), [tables.CLASS for tables in families().values() if tables.CLASS]
         hint = nearest(str(name), known) or "this architecture is not supported"
         raise ConfigError(f"{path}: _class_name is {name!r}", allowed=", ".join(known), hint=hint)
     return backbone, family(backbone), family(backbone).config_from_diffusers(values, str(path), as_released)

@@ -127,7 +127,8 @@ class AdaLNSingleBlock(nn.Module):
 
         def cross(h: dict[str, Tensor]) -> dict[str, Tensor]:
             text = s["text"]
-            kv = prepared or self.cross.to_kv(text.x, lambda name, module, x: seam.linear(f"text.{name}", module, x))
+            made = None if seam.adapts else prepared  # what a base made ahead lacks what a view adds to the projection
+            kv = made or self.cross.to_kv(text.x, lambda name, module, x: seam.linear(f"text.{name}", module, x))
             q = heads(img(seam)("cross_q", self.cross.q, h["img"]), self.cross.num_heads)
             call = Attn("cross", {"img": q}, {"text": kv["k"]}, {"text": kv["v"]}, {"img": s["img"].layout}, {"text": text.layout})
             return {"img": img(seam)("cross_proj", self.cross.proj, merge(seam.attend(call, s)["img"]))}
