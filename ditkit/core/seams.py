@@ -59,6 +59,7 @@ class Site(NamedTuple):
     out: dict[str, Tensor]  # what is handed out, to be kept
     branch: str = ""  # at branch and update: "attn", "mlp", ...; at linear: "img.qkv", ...; at attend: the call's name
     streams: Streams = {}
+    taps: dict[str, Tensor] = {}  # the block's, see ``tap``
 
     def keep(self, name: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Hand out one (B, N, D) per stream for later steps, stored by the rows of that stream; returns them."""
@@ -72,6 +73,10 @@ class Site(NamedTuple):
         if not found:
             raise DitkitError(f"nothing was kept as {name!r} at {self.branch!r}", hint="a plan must compute a branch before it reuses it")
         return found
+
+    def tap(self, name: str, value: Tensor) -> None:
+        """Let ``value`` leave the block, with its gradient; ``run.taps`` has it after the forward."""
+        self.taps[name] = value
 
 
 Layer = tuple["Method", Any]  # a method and what it may know: Site inside, At or Run outside
@@ -94,8 +99,9 @@ class Seam:
 
     def __init__(self, layers: Sequence[tuple[Method, Site]] = (), masks: Mapping[str, Mask] | None = None) -> None:
         self.masks = masks or {}
-        self.sites = [site for _, site in layers]
         self.taps: dict[str, Tensor] = {}
+        layers = [(m, site._replace(taps=self.taps)) for m, site in layers]
+        self.sites = [site for _, site in layers]
         at = {name: [layer for layer in layers if hasattr(layer[0], name)] for name in ("branch", "update", "attend", "linear")}
         self._branch, self._update, self._attend, self._linear = at["branch"], at["update"], at["attend"], at["linear"]
 
