@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -256,6 +257,20 @@ def test_positions() -> None:
     assert torch.equal(sincos_table(24, stretched((4, 4), 4)), sincos_table(24, (4, 4)))
     small, large = (sincos_table(24, stretched((n, n), n, s)) for n, s in ((4, 1.0), (8, 2.0)))
     assert torch.allclose(large.view(8, 8, 24)[::2, ::2], small.view(4, 4, 24), atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "side", "scale"), [("256x256", 16, 0.5), ("512-MS", 32, 1.0), ("1024-MS", 64, 2.0)])
+def test_a08_positions_have_the_scale_of_their_checkpoint(name: str, side: int, scale: float) -> None:
+    """The scale is stored, not an integer division that ends at 1: Sigma's 256-pixel network is at 0.5."""
+    config = PixArtConfig(**PixArt.sizes[f"PixArt-Sigma-XL-2-{name}"])
+    assert (config.position_scale, config.position_base) == (scale, side)
+    dim, places = 24, np.arange(side) / scale
+    angles = places[:, None] / 10_000 ** (np.arange(dim // 4) / (dim / 4))
+    one = np.concatenate([np.sin(angles), np.cos(angles)], 1)
+    across, down = np.broadcast_to(one[None], (side, side, dim // 2)), np.broadcast_to(one[:, None], (side, side, dim // 2))
+    official = np.concatenate([across, down], 2).reshape(1, side * side, dim)
+    table = sincos_table(dim, stretched((side, side), config.position_base, config.position_scale))
+    assert np.abs(table.numpy() - official).max() < 1e-6
 
 
 # compressed keys
