@@ -13,6 +13,7 @@ blocks text and picture stay two streams; t and g are multiplied by 1000 in fp32
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -181,6 +182,10 @@ class Flux(Backbone):
         for embed in (self.time, self.guidance):
             for layer in (embed.fc1, embed.fc2) if embed is not None else ():
                 nn.init.normal_(layer.weight, std=0.02)
+
+    def shorter(self, keep: Sequence[int]) -> dict[str, Any]:
+        double = sum(i < self.config.depth for i in keep)
+        return {"depth": double, "single_depth": len(keep) - double}
 
     def prepare(  # type: ignore[override]
         self, *, text: Tensor, pooled: Tensor, guidance: Tensor | float | None = None, mask: Tensor | None = None

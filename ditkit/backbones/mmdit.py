@@ -10,6 +10,7 @@ middle is cut out for the grid at hand; the patch convolution is written as a li
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -163,6 +164,10 @@ class MMDiT(Backbone):
         cfg = self.config
         side = Axis(cfg.position_size, 0.0, max(cfg.input_size) // cfg.patch_size / cfg.position_size)
         return sincos_table.__wrapped__(cfg.dim, (side, side))  # not kept in its cache: it is large and used once
+
+    def shorter(self, keep: Sequence[int]) -> dict[str, Any]:
+        dual = tuple(place for place, i in enumerate(keep) if i in self.config.dual_attention)
+        return {"depth": len(keep), "dual_attention": dual}
 
     def prepare(self, *, text: Tensor, pooled: Tensor, mask: Tensor | None = None) -> Prepared:  # type: ignore[override]
         """What the encoders say of the caption.

@@ -68,6 +68,7 @@ def build(recipe: Recipe, device: torch.device) -> Parts:
             model = with_methods(model, *(make_method(MethodPart(name=m.name, config=m.config, label=m.name)) for m in recipe.methods))
     choose_trainable(model, recipe.trainable)
     objective = objective_from(recipe.objective.name, recipe.objective.config, process)
+    objective.begin(model)
     card = card_of(recipe, model, process, train, codec)
     if encoder is not None:
         card = card.model_copy(update={"encoder": encoder_card(encoder), "data": caption_card(card.data, test or train)})

@@ -143,6 +143,7 @@ class Training:
     def update(self, batch: Batch) -> None:
         """One step: forward and backward, then the optimiser and the average, unless loss or gradient is not finite."""
         self.optimizers.set_rate(self.step)
+        self.objective.progress = self.step / max(1, self.cfg.steps - 1)
         loss = self.world.mean(self.backward(batch))
         norm = clip_gradients(self.model, self.cfg.grad_clip, self.world)
         self._unread.append((self.step, loss, norm))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from .batches import Draw
 
 None_ = Callable[[Any, dict[str, Tensor]], Mapping[str, Tensor]]
 OBJECTIVES: dict[str, type[Objective]] = {}
+_ELSEWHERE = {"tinyfusion": "tinyfusion", "masked_kd": "tinyfusion"}  # name -> the module of this package that registers it
 
 
 class Objective(ABC):
@@ -35,6 +37,10 @@ class Objective(ABC):
     def __init__(self, process: Process, config: Config | None = None) -> None:
         self.process, self.config = process, config or self.config_class()
         self.none: None_ = lambda model, cond: model.null(**cond)  # conditioning -> what stands for none of it
+        self.progress = 0.0  # share of the training that is done, set by the loop before each step: 0 at the first, 1 at the last
+
+    def begin(self, model: Any) -> None:  # noqa: B027  # most objectives have nothing to prepare
+        """Once, before training: check that ``model`` fits, load what the loss compares it with. Raises DitkitError."""
 
     @abstractmethod
     def draws(self, shape: tuple[int, ...]) -> dict[str, Draw]:
@@ -59,8 +65,11 @@ def objective(name: str) -> Callable[[type[Objective]], type[Objective]]:
 
 def objective_from(name: str, config: Mapping[str, Any], process: Process) -> Objective:
     """The objective registered under ``name``. Raises DitkitError naming what there is."""
+    if name in _ELSEWHERE:
+        importlib.import_module(f".{_ELSEWHERE[name]}", __package__)
     if name not in OBJECTIVES:
-        raise DitkitError(f"there is no objective {name!r}", allowed=", ".join(OBJECTIVES), hint=nearest(name, OBJECTIVES))
+        known = sorted({*OBJECTIVES, *_ELSEWHERE})
+        raise DitkitError(f"there is no objective {name!r}", allowed=", ".join(known), hint=nearest(name, known))
     cls = OBJECTIVES[name]
     return cls(process, cls.config_class.parse(dict(config), f"objective {name}"))
 
@@ -75,7 +84,7 @@ class DiffusionConfig(Config):
 class Diffusion(Objective):
     """The process's own loss at random times, with conditioning dropped at random (2207.12598, algorithm 1)."""
 
-    config_class = DiffusionConfig
+    config_class: ClassVar[type[Config]] = DiffusionConfig
 
     def draws(self, shape: tuple[int, ...]) -> dict[str, Draw]:
         return {"noise": Draw("normal", shape), "time": Draw("uniform"), "drop": Draw("uniform")}
@@ -88,9 +97,13 @@ class Diffusion(Objective):
         output = model(self.process.network_input(x_t, t), self.process.network_time(t), **cond)
         return self.process.loss(output.float(), x0, noise, t)
 
+    def told(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the batch holds besides data and random numbers: labels, or a caption's states."""
+        return {k: v for k, v in batch.items() if k not in ("x", *self.draws(()))}
+
     def conditioning(self, model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the batch holds besides data and numbers, replaced by "none" where the sample's number says so."""
-        cond = {k: v for k, v in batch.items() if k not in ("x", "noise", "time", "drop")}
+        cond = self.told(batch)
         if not self.config.label_dropout or not cond:
             return cond
         drop, null = batch["drop"] < self.config.label_dropout, self.none(model, cond)
