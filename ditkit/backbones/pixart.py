@@ -9,6 +9,7 @@ the time code is in fp32 in any dtype; Sigma's micro-conditions and both of its 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -55,6 +56,10 @@ class PixArtConfig(Config):
     micro_conditions: bool = Field(False, description="is told size and aspect of the picture (alpha at 1024 pixels)")
     position_base: int = Field(32, ge=1, description="tokens a side of the square that is given whole positions at scale 1")
     position_scale: float = Field(1.0, gt=0, description="every grid gets positions from 0 to position_base / position_scale")
+    embedding_init: Literal["released", "unit"] = Field(
+        "released",
+        description="captions start at N(0, 0.02), which is made for T5's 4096 states, or by Xavier: narrow encoders are heard sooner",
+    )
     qk_norm: bool = Field(False, description="LayerNorm of queries and keys over all heads (an option of Sigma's code)")
     kv_ratio: int = Field(1, ge=1, description="keys and values are compressed over cells of kv_ratio x kv_ratio tokens")
     kv_blocks: tuple[int, ...] = Field((), description="the blocks that compress, from 0")
@@ -132,13 +137,17 @@ class PixArt(Backbone):
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
                 nn.init.zeros_(m.bias)
-        for part in (self.time, self.modulation, self.caption, *([self.micro] if self.micro else [])):
+        captions = [self.caption] if self.config.embedding_init == "released" else []
+        for part in (self.time, self.modulation, *captions, *([self.micro] if self.micro else [])):
             for m in part.modules():
                 if isinstance(m, nn.Linear):
                     nn.init.normal_(m.weight, std=0.02)
         for layer in (self.final.proj, *(b.cross.proj for b in self.own_blocks())):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+    def shorter(self, keep: Sequence[int]) -> dict[str, Any]:
+        return {"depth": len(keep), "kv_blocks": tuple(place for place, i in enumerate(keep) if i in self.config.kv_blocks)}
 
     def prepare(  # type: ignore[override]
         self, *, text: Tensor, mask: Tensor | None = None, size: Tensor | None = None, aspect: Tensor | None = None

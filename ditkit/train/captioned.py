@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ditkit.conditioning import TextEncoder, network_inputs, takes_text
 from ditkit.conditioning.cache import TextCache
-from ditkit.conditioning.inputs import told_size
+from ditkit.conditioning.inputs import check_width, told_size
 from ditkit.core.errors import ConfigError
 from ditkit.data import Dataset
 
@@ -99,7 +99,7 @@ def _sizes(cond: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"size": cond["size"]} if "size" in cond else {}
 
 
-def check_told(model: Any, encoder: object, data: Any) -> None:
+def check_told(model: Any, encoder: TextEncoder | None, data: Any) -> None:
     """Raise ConfigError unless network, encoder and data fit: captions for a network that is told captions."""
     if takes_text(model) and encoder is None:
         raise ConfigError(f"backbone {model.name} is told captions, and the recipe has no encoder", hint="encoder: {name: bytes}")
@@ -107,6 +107,8 @@ def check_told(model: Any, encoder: object, data: Any) -> None:
         raise ConfigError(
             f"backbone {model.name} is told class labels, and the recipe has an encoder", hint="leave it out, or choose pixart"
         )
+    if encoder is not None:
+        check_width(model, encoder.dim, encoder.pooled_dim)
     if encoder is not None and not getattr(data, "has_captions", hasattr(data, "captions")):
         raise ConfigError(f"data set {data.name!r} has no captions", allowed="scenes, or pictures with name.txt beside name.png")
 
