@@ -64,6 +64,7 @@ def with_methods(model: Backbone, *methods: Method) -> Backbone:
     for m in order(list(methods)):
         m.install(view)
         replace_projections(view, m)
+    del view.methods  # so that they come last: a model's first parameter is the backbone's, and tells its dtype and device
     view.methods = nn.ModuleDict({m.label: m for m in todo})
     return view
 

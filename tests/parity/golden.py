@@ -45,15 +45,15 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.detach().double() - want).norm() / want.norm().clamp(min=1e-30))
 
 
-def load_dit(g: Golden) -> torch.nn.Module:
-    """The DiT (or SiT) of a file with official names, through the project's own table."""
+def load_dit(g: Golden, without: tuple[str, ...] = ()) -> torch.nn.Module:
+    """The DiT (or SiT) of a file with official names, through the project's own table; ``without``: as in ``load_diffusers``."""
     from ditkit.backbones.dit import DiT
     from ditkit.interop.dit import Constructor, official_table
     from ditkit.interop.tables import Renamed, load_all
 
     config = Constructor.parse({k: v for k, v in g.config.items() if k in Constructor.model_fields}).to_ours()
     model = DiT(config)
-    found = {name.removeprefix("w/"): tuple(g[name].shape) for name in g.starting("w/")}
+    found = {n.removeprefix("w/"): tuple(g[n].shape) for n in g.starting("w/") if not any(part in n for part in without)}
     expect = {name: tuple(u.shape) for name, u in model.state_dict().items()}
     source = Renamed("golden", found, lambda name: g["w/" + name], official_table(config), expect)
     model.load_state_dict(load_all(source))

@@ -96,7 +96,7 @@ class FirstBlockCache(Method):
 
     @classmethod
     def tiny(cls) -> list[Method]:
-        return [cls(threshold=1e9, warmup=2), cls(threshold=1e9, max_reused=1)]
+        return [cls(threshold=1e9, max_reused=2)]
 
     @classmethod
     def off(cls) -> list[Method]:
