@@ -103,7 +103,8 @@ def is_full_grid(layout: Layout) -> bool:
     """All tokens of a grid, in order, at whole coordinates from 0 (a resized stream keeps those of the grid that it came from)."""
     if layout.grid is None or layout.idx is not None or layout.total != math.prod(layout.grid):
         return False
-    return layout.coords.shape[0] == 1 and torch.equal(layout.coords, grid_layout(layout.grid, layout.coords.device).coords)
+    whole = grid_layout(layout.grid, layout.coords.device).coords
+    return layout.coords is whole or (layout.coords.shape[0] == 1 and torch.equal(layout.coords, whole))
 
 
 def _size(layout: Layout) -> int:

@@ -19,7 +19,7 @@ from .batches import Draw
 
 None_ = Callable[[Any, dict[str, Tensor]], Mapping[str, Tensor]]
 OBJECTIVES: dict[str, type[Objective]] = {}
-_ELSEWHERE = {"tinyfusion": "tinyfusion", "masked_kd": "tinyfusion"}  # name -> the module of this package that registers it
+_ELSEWHERE = {"tinyfusion": "tinyfusion", "masked_kd": "tinyfusion", "clear": "clear"}  # name -> the module of this package that registers it
 
 
 class Objective(ABC):

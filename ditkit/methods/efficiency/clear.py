@@ -112,7 +112,7 @@ class CLEAR(Method):
 
     @classmethod
     def tiny(cls) -> list[Method]:
-        return [cls(radius=2.0), cls(radius=1.5, down=2, proportional=8, how="gathered")]
+        return [cls(radius=2.0)]
 
     @classmethod
     def off(cls) -> list[Method]:
@@ -167,17 +167,13 @@ def sharpness(tokens: int, config: CLEARConfig) -> float:
 def visible_pairs(grid: tuple[int, ...], text: int = 0, radius: float | None = None, down: int | None = None) -> int:
     """How many (query, key) pairs are seen: 4 x pairs x dim is the paper's FLOPs of an attention layer."""
     n = math.prod(grid)
-    near = (
-        n * n
-        if radius is None
-        else sum(_pairs_at(grid, offset) for offset in product(*(range(1 - s, s) for s in grid)) if _in(offset, radius))
-    )
+    near = n * n if radius is None else _near_pairs(grid, radius)
     return near + 2 * text * n + text * text + (n * (n // down**2) if down else 0)
 
 
-def _in(offset: tuple[int, ...], radius: float) -> bool:
-    return sum(u * u for u in offset) < radius**2
-
-
-def _pairs_at(grid: tuple[int, ...], offset: tuple[int, ...]) -> int:
-    return math.prod(n - abs(u) for n, u in zip(grid, offset))
+def _near_pairs(grid: tuple[int, ...], radius: float) -> int:
+    """Each offset within the radius, times the places where it stays on the grid."""
+    reach = math.ceil(radius) - 1
+    offsets = product(*(range(-min(reach, n - 1), min(reach, n - 1) + 1) for n in grid))
+    near = (offset for offset in offsets if sum(u * u for u in offset) < radius**2)
+    return sum(math.prod(n - abs(u) for n, u in zip(grid, offset)) for offset in near)
