@@ -61,7 +61,9 @@ class BlockOutputs(Method):
 
 
 def base_of(view: Backbone) -> Backbone:
-    """The model that a view was made of, or the model itself."""
+    """The model that a view was made of, or the model itself. Raises Conflict where a method replaced weights."""
+    if replaced := [m.label for m in view.attached if type(m).replace is not Method.replace]:
+        raise Conflict(f"{', '.join(replaced)} replaced weights that pruning copies", hint="prune first, then quantise the result")
     base: Backbone = view.__dict__.get("_root", view)
     return base
 
