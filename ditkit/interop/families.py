@@ -19,7 +19,7 @@ from ditkit.core.errors import DitkitError
 from .hints import Hints
 from .tables import Shape, Table
 
-FAMILIES = ("dit", "pixart", "mmdit", "flux", "lumina", "pt_dit")
+FAMILIES = ("dit", "pixart", "mmdit", "flux", "lumina", "pt_dit", "hunyuan")
 Normal = Callable[[str, tuple[int, ...]], Tensor]  # purpose, shape of one sample -> (B, *shape)
 
 

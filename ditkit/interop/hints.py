@@ -10,7 +10,18 @@ from pydantic import Field
 from ditkit.core.config import Config
 
 System = Literal[
-    "dit", "sit", "pixart-alpha", "pixart-sigma", "sd3", "flux", "flag-dit", "lumina-t2i", "next-dit", "lumina-next", "qihoo-t2x"
+    "dit",
+    "sit",
+    "pixart-alpha",
+    "pixart-sigma",
+    "sd3",
+    "flux",
+    "flag-dit",
+    "lumina-t2i",
+    "next-dit",
+    "lumina-next",
+    "qihoo-t2x",
+    "hunyuan-dit",
 ]
 
 
