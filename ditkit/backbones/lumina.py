@@ -217,15 +217,8 @@ class Lumina(Backbone):
         assert text is not None
         layout = text_layout(text, mask, self.caption.proj.in_features)
         states = text.to(self.caption.norm.weight.dtype)
-        blocks = tuple(b.text.to_kv(states) for b in self.own_blocks() if b.text is not None) if self._ahead() else ()
+        blocks = tuple(b.text.to_kv(states) for b in self.own_blocks() if b.text is not None) if self.ahead() else ()
         return Prepared({**shared, "label": self.caption(states, layout.valid), "text": states, "layout": layout}, blocks)
-
-    def _ahead(self) -> bool:
-        """Whether keys and values of the text can be made before the blocks run: not where a method acts on projections, nor in
-        training, where they would all be kept for the backward pass, nor where a block gathers its weights when it is called (FSDP)."""
-        acted_on = any(hasattr(m, "linear") for m in self.attached)
-        sharded = any(type(p).__name__ == "DTensor" for p in self.blocks.parameters())
-        return not (acted_on or sharded or torch.is_grad_enabled())
 
     def _in_tokens(self, sizes: Tensor | None) -> Sizes:
         if sizes is None:

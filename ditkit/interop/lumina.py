@@ -33,60 +33,55 @@ FLOW_TIME = "sit"
 LIVE_TIMES = (0.02, 0.3, 0.55, 0.98)
 
 _BLOCK, _THEIRS, _WEIGHT = "blocks.{i}", "layers.{i}", ("weight",)
+
+
+def _weights(names: Mapping[str, str]) -> tuple[Row, ...]:
+    """Modules of a block that have a weight alone."""
+    return tuple(Row(f"{_BLOCK}.{ours}", f"{_THEIRS}.{theirs}", tensors=_WEIGHT) for ours, theirs in names.items())
+
+
 OFFICIAL = (  # the projections of a block
     Row(f"{_BLOCK}.ada", f"{_THEIRS}.adaLN_modulation.1"),
-    Row(f"{_BLOCK}.q", f"{_THEIRS}.attention.wq", tensors=_WEIGHT),
+    *_weights({"q": "attention.wq", "proj": "attention.wo", "mlp.fc2": "feed_forward.w2"}),
     Row(f"{_BLOCK}.kv", tuple(f"{_THEIRS}.attention.{n}" for n in ("wk", "wv")), JOIN, _WEIGHT),
-    Row(f"{_BLOCK}.proj", f"{_THEIRS}.attention.wo", tensors=_WEIGHT),
     Row(f"{_BLOCK}.mlp.fc1", tuple(f"{_THEIRS}.feed_forward.{n}" for n in ("w1", "w3")), JOIN, _WEIGHT),
-    Row(f"{_BLOCK}.mlp.fc2", f"{_THEIRS}.feed_forward.w2", tensors=_WEIGHT),
     Row(f"{_BLOCK}.text.kv", tuple(f"{_THEIRS}.attention.{n}" for n in ("wk_y", "wv_y")), JOIN, _WEIGHT),
 )
 _OFFICIAL_MORE = (
     Row("patch_embed", "x_embedder"),
-    Row("time.fc1", "t_embedder.mlp.0"),
-    Row("time.fc2", "t_embedder.mlp.2"),
+    *(Row(f"time.fc{i}", f"t_embedder.mlp.{2 * i - 2}") for i in (1, 2)),
     Row("label", "y_embedder.embedding_table", tensors=_WEIGHT),
     Row("caption.norm", "cap_embedder.0"),
     Row("caption.proj", "cap_embedder.1"),
     Row("pad_token", "pad_token", tensors=("",)),
     Row("separators.line", "eol_token", tensors=("",)),
     Row(f"{_BLOCK}.text.gate", f"{_THEIRS}.attention.gate", tensors=("",)),
-    Row(f"{_BLOCK}.text.norm", f"{_THEIRS}.attention_y_norm", tensors=_WEIGHT),
+    *_weights({"text.norm": "attention_y_norm"}),
     Row(f"{_BLOCK}.q_norm", f"{_THEIRS}.attention.q_norm"),
     Row(f"{_BLOCK}.k_norm", f"{_THEIRS}.attention.k_norm"),
     Row(f"{_BLOCK}.text.k_norm", f"{_THEIRS}.attention.ky_norm"),
     Row("final.ada", "final_layer.adaLN_modulation.1"),
     Row("final.proj", "final_layer.linear"),
 )
-_NORMS = {  # by variant, and whether there is text
-    ("flag", True): {"norm1": "attention_norm", "norm2": "ffn_norm"},
-    ("flag", False): {"norm1": "attention_norm", "norm2": "ffn_norm"},
-    ("next", True): {"norm1": "attention_norm1", "post1": "attention_norm2", "norm2": "ffn_norm1", "post2": "ffn_norm2"},
-    ("next", False): {"post1": "attention_norm", "post2": "ffn_norm"},
-}
+_NEXT_CLASSES = {"post1": "attention_norm", "post2": "ffn_norm"}
+_NEXT = {"norm1": "attention_norm1", "post1": "attention_norm2", "norm2": "ffn_norm1", "post2": "ffn_norm2"}
+_FLAG = {"norm1": "attention_norm", "norm2": "ffn_norm"}
 DIFFUSERS = (  # the projections of a block
     Row(f"{_BLOCK}.ada", f"{_THEIRS}.norm1.linear"),
     Row(f"{_BLOCK}.q", tuple(f"{_THEIRS}.{n}.to_q" for n in ("attn1", "attn2")), COPIES, _WEIGHT),
     Row(f"{_BLOCK}.kv", tuple(f"{_THEIRS}.attn1.{n}" for n in ("to_k", "to_v")), JOIN, _WEIGHT),
-    Row(f"{_BLOCK}.proj", f"{_THEIRS}.attn2.to_out.0", tensors=_WEIGHT),
     Row(f"{_BLOCK}.mlp.fc1", tuple(f"{_THEIRS}.feed_forward.{n}" for n in ("linear_1", "linear_3")), JOIN, _WEIGHT),
-    Row(f"{_BLOCK}.mlp.fc2", f"{_THEIRS}.feed_forward.linear_2", tensors=_WEIGHT),
+    *_weights({"proj": "attn2.to_out.0", "mlp.fc2": "feed_forward.linear_2"}),
     Row(f"{_BLOCK}.text.kv", tuple(f"{_THEIRS}.attn2.{n}" for n in ("to_k", "to_v")), JOIN, _WEIGHT),
 )
 _DIFFUSERS_MORE = (
     Row("patch_embed", "patch_embedder.proj"),
-    Row("time.fc1", "time_caption_embed.timestep_embedder.linear_1"),
-    Row("time.fc2", "time_caption_embed.timestep_embedder.linear_2"),
+    *(Row(f"time.fc{i}", f"time_caption_embed.timestep_embedder.linear_{i}") for i in (1, 2)),
     Row("caption.norm", "time_caption_embed.caption_embedder.0"),
     Row("caption.proj", "time_caption_embed.caption_embedder.1"),
     Row("pad_token", "pad_token", tensors=("",)),
     Row(f"{_BLOCK}.text.gate", f"{_THEIRS}.gate", tensors=("",)),
-    Row(f"{_BLOCK}.text.norm", f"{_THEIRS}.norm1_context", tensors=_WEIGHT),
-    Row(f"{_BLOCK}.norm1", f"{_THEIRS}.norm1.norm", tensors=_WEIGHT),
-    Row(f"{_BLOCK}.post1", f"{_THEIRS}.norm2", tensors=_WEIGHT),
-    Row(f"{_BLOCK}.norm2", f"{_THEIRS}.ffn_norm1", tensors=_WEIGHT),
-    Row(f"{_BLOCK}.post2", f"{_THEIRS}.ffn_norm2", tensors=_WEIGHT),
+    *_weights({"text.norm": "norm1_context", "norm1": "norm1.norm", "post1": "norm2", "norm2": "ffn_norm1", "post2": "ffn_norm2"}),
     Row(f"{_BLOCK}.q_norm", tuple(f"{_THEIRS}.{n}.norm_q" for n in ("attn1", "attn2")), COPIES),
     Row(f"{_BLOCK}.k_norm", f"{_THEIRS}.attn1.norm_k"),
     Row(f"{_BLOCK}.text.k_norm", f"{_THEIRS}.attn2.norm_k"),
@@ -98,9 +93,8 @@ _DIFFUSERS_MORE = (
 def official_table(config: LuminaConfig) -> Table:
     """The released layout of this network."""
     _check_pictures(config)
-    norms = _NORMS[config.variant, config.text_dim is not None]
-    rows = [Row(f"{_BLOCK}.{ours}", f"{_THEIRS}.{theirs}", tensors=_WEIGHT) for ours, theirs in norms.items()]
-    return Table([*_present(config, (*OFFICIAL, *_OFFICIAL_MORE)), *rows], config.depth, {})
+    norms = _FLAG if config.variant == "flag" else _NEXT if config.text_dim is not None else _NEXT_CLASSES
+    return Table([*_present(config, (*OFFICIAL, *_OFFICIAL_MORE)), *_weights(norms)], config.depth, {})
 
 
 def diffusers_table(config: LuminaConfig) -> Table:
@@ -141,6 +135,10 @@ class Ours(Config):
     rope_ntk: float = 1.0
     extrapolation: dict[str, Any] = Field({}, description="what differs from no extrapolation")
 
+    def scaling(self) -> dict[str, Any]:
+        """Of rotary positions, as our configuration has it."""
+        return self.model_dump(include={"rope_linear", "rope_ntk", "extrapolation"})
+
 
 def ours_of(config: LuminaConfig) -> Ours:
     """What no other layout can say."""
@@ -179,7 +177,6 @@ class Constructor(Config):
     def to_ours(self, ours: Ours | None = None) -> LuminaConfig:
         """The same shape in our words; without ``ours``, as Next-DiT."""
         from ditkit.backbones.lumina import LuminaConfig
-        from ditkit.nn.extrapolation import Extrapolation
 
         if (self.cap_feat_dim is None) == (self.num_classes is None):
             raise DitkitError(
@@ -202,9 +199,7 @@ class Constructor(Config):
             num_classes=self.num_classes or 1000,
             qk_norm=self.qk_norm,
             norm_eps=self.norm_eps,
-            rope_linear=more.rope_linear,
-            rope_ntk=more.rope_ntk,
-            extrapolation=Extrapolation(**more.extrapolation),
+            **more.scaling(),
         )
 
 
@@ -337,7 +332,6 @@ def config_from_diffusers(values: Mapping[str, Any], where: str = "config.json",
     ``as_released`` changes nothing: diffusers computes Next-DiT as released.
     """
     from ditkit.backbones.lumina import LuminaConfig
-    from ditkit.nn.extrapolation import Extrapolation
 
     cfg = DiffusersLumina.parse(without_notes(values, "_ditkit"), where)
     ours = Ours.parse(values.get("_ditkit", {"input_size": [cfg.sample_size] * 2}), f"{where}: _ditkit")
@@ -355,9 +349,7 @@ def config_from_diffusers(values: Mapping[str, Any], where: str = "config.json",
         text_dim=cfg.cross_attention_dim,
         qk_norm=cfg.qk_norm,
         norm_eps=cfg.norm_eps,
-        rope_linear=ours.rope_linear,
-        rope_ntk=ours.rope_ntk,
-        extrapolation=Extrapolation(**ours.extrapolation),
+        **ours.scaling(),
     )
 
 
@@ -395,8 +387,8 @@ def differences(config: LuminaConfig, to: Literal["official", "diffusers"]) -> l
 
 def has_live(config: Mapping[str, Any]) -> bool:
     """Whether diffusers computes such a network."""
-    pictures = len(config.get("input_size", (128, 128))) == 2
-    return pictures and config.get("variant", "next") == "next" and config.get("text_dim", 2048) is not None
+    told_by_text = config.get("variant", "next") == "next" and config.get("text_dim", 2048) is not None
+    return told_by_text and len(config.get("input_size", (128, 128))) == 2
 
 
 def live_inputs(config: LuminaConfig, batch: int, normal: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -142,7 +142,8 @@ class FlagBlock(nn.Module):
         """The same queries ask the text."""
         assert self.text is not None
         text = s["text"]
-        kv = prepared or self.text.to_kv(text.x, on(seam, "text"))
+        made = None if seam.adapts else prepared  # what a base made ahead lacks what a view adds to the projection
+        kv = made or self.text.to_kv(text.x, on(seam, "text"))
         return Attn("cross", {"img": q}, {"text": kv["k"]}, {"text": kv["v"]}, {"img": s["img"].layout}, {"text": text.layout})
 
 

@@ -133,23 +133,32 @@ def test_round_trips_are_bit_exact(pair):
     assert {k: v.shape for k, v in rebuilt.state_dict().items()} == {k: v.shape for k, v in weights.items()}
 
 
+def shapes_under(links, ours):
+    """Their shapes, from ours; each of several copies counts."""
+    return [(n, s) for k, link in links.items() for n, s in zip(link.theirs, link.rule.shapes(ours[k], len(link.theirs)))]
+
+
 @pytest.mark.parametrize("name", Lumina.sizes)
 def test_published_networks_are_known_by_their_shapes(name):
-    """Each of the four layouts, and the arguments of its class; of diffusers' own, 639 tensors and 1,754,898,976 numbers."""
-    config = Lumina.config_class(**Lumina.sizes[name])
+    """Each of the four layouts, and the arguments of its class; two blocks will do."""
+    config = Lumina.config_class(**{**Lumina.sizes[name], "depth": 2})
     with torch.device("meta"):
         ours = {n: tuple(v.shape) for n, v in Lumina(config).state_dict().items()}
     links = lumina.official_table(config).links()
     assert links.keys() == ours.keys()
-    shapes = {n: s for k, link in links.items() for n, s in zip(link.theirs, link.rule.shapes(ours[k], len(link.theirs)))}
-    assert lumina.config_from_official(shapes, Hints()) == config
+    assert lumina.config_from_official(dict(shapes_under(links, ours)), Hints()) == config
     assert lumina.constructor_of(config).to_ours(lumina.ours_of(config)) == config
     system = lumina.system_of("flow", config)
     assert (system.startswith("next") or system == "lumina-next") == (config.variant == "next")
-    if name == "Lumina-Next-2B-GQA":
-        links = lumina.diffusers_table(config).links()
-        doubled = [s for k, link in links.items() for s in link.rule.shapes(ours[k], len(link.theirs))]
-        assert (len(doubled), sum(math.prod(s) for s in doubled)) == (639, 1_754_898_976)
+
+
+def test_diffusers_stores_queries_twice():
+    """Of Lumina-Next-2B 639 tensors and 1,754,898,976 numbers."""
+    config = Lumina.config_class(**Lumina.sizes["Lumina-Next-2B-GQA"])
+    with torch.device("meta"):
+        ours = {n: tuple(v.shape) for n, v in Lumina(config).state_dict().items()}
+    stored = shapes_under(lumina.diffusers_table(config).links(), ours)
+    assert (len(stored), sum(math.prod(s) for _, s in stored)) == (639, 1_754_898_976)
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "misshapen", "differing"])
@@ -167,6 +176,15 @@ def test_tables_are_strict(change):
         weights[name] = weights[name] + 1
     with pytest.raises(WeightsError, match=name):
         load_all(source(weights, lumina.diffusers_table(config), config))
+
+
+def test_scaled_positions_come_back(pair):
+    how = {"rule": "time_aware", "scale": 2.0, "proportional": True}
+    config = pair[1].extrapolating(**how).config.model_copy(update={"rope_ntk": 1.5})
+    assert lumina.config_from_diffusers(json.loads(json.dumps(lumina.config_to_diffusers(config)))) == config
+    assert lumina.constructor_of(config).to_ours(lumina.ours_of(config)) == config
+    assert lumina.differences(config, "diffusers")
+    assert not lumina.differences(pair[1].config, "diffusers")
 
 
 def test_what_another_layout_cannot_be_is_refused():
