@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ditkit.core.cache import cache_dir
 from ditkit.core.errors import WeightsError
-from ditkit.core.files import remove_temporary, write_tensors
+from ditkit.core.files import write_tensors
 from ditkit.data.latent_set import MappedTensors
 
 from .text import Text, TextEncoder
@@ -42,7 +42,6 @@ class TextCache:
         self.folder = Path(folder or cache_dir("text")) / encoder.content_hash()[:32]
         self._places: dict[str, tuple[_File, int]] = {}
         if self.folder.is_dir():
-            remove_temporary(self.folder)
             for path in sorted(self.folder.glob("text-*.safetensors")):
                 self._open(path)
 
