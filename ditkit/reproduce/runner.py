@@ -15,7 +15,7 @@ from ditkit.core.errors import ConfigError, DitkitError
 from ditkit.core.files import write_json
 from ditkit.eval.bench import commit
 from ditkit.eval.counters import count_forward, parameters
-from ditkit.eval.roof import other_work, machine
+from ditkit.eval.roof import machine, other_work
 from ditkit.pipeline import Pipeline
 
 from .bases import Base, BaseStore

@@ -23,7 +23,7 @@ from ditkit.eval.bench import Candidate, interleave, peak_memory, run_bench
 from ditkit.eval.counters import Cost, count_forward, published
 from ditkit.eval.drift import drift
 from ditkit.eval.pipelines import Setting, compare_pipelines, notes_of, variants
-from ditkit.eval.roof import Roof, other_work, machine, measure_roof
+from ditkit.eval.roof import Roof, machine, measure_roof, other_work
 from ditkit.eval.table import table, three
 from ditkit.methods.specs import parse_spec
 from ditkit.nn.int8 import has_onednn
