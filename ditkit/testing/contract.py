@@ -207,6 +207,7 @@ class TestBackbone:
         model.zero_grad(set_to_none=True)
         assert not silent
 
+    @pytest.mark.timeout(180)
     @pytest.mark.parametrize("grain", ["block", "step"])
     def test_compiled_equals_eager_and_graphs_are_as_computed(self, backbone: str, grain: str) -> None:
         if not MATRIX and backbone not in PAIR_BACKBONES and grain == "step":
@@ -311,6 +312,7 @@ class TestMethod:
 
         assert relative(torch.cat([last(r) for r in rows]), last(slice(0, 3))) < view.attached[0].tolerance
 
+    @pytest.mark.timeout(180)
     @pytest.mark.parametrize("grain", ["block", "step"])
     def test_compiled_equals_eager_and_graphs_are_as_computed(self, backbone: str, case: tuple[str, int], grain: str) -> None:
         if not MATRIX and (case[1] or backbone != PAIR_BACKBONES[-1]):
@@ -401,6 +403,7 @@ class TestTogether:
         compiled_like_eager(view, "block")
 
 
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_graphs_of_three_methods_that_differ_in_kind_are_as_computed(backbone: str) -> None:
     view = tiny(backbone)

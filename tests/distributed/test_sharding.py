@@ -1,4 +1,4 @@
-"""Views under FSDP2 (lesson 12): base + LoRA, teacher + student, pruned, on 2 gloo processes against one."""
+"""Views under FSDP2 (lesson 12): base + LoRA, teacher + student, pruned, on 2 gloo processes against one; and windows in strips."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 
 CASES = ["lora", "teacher_student", "pruned"]
 
@@ -31,3 +30,5 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         assert found["held"] <= 0.5 * found["whole"] * 1.05, f"{case}: each process holds its shards, nothing else"
         assert found["shared"], f"{case}: an update to a shared parameter is seen by teacher and student"
         assert found["state"], f"{case}: weights survive save and load"
+    assert len(results["strips"]) == 9
+    assert max(results["strips"].values()) < 1e-5, results["strips"]
