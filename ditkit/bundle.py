@@ -95,6 +95,8 @@ class Validity(Config):
     def check_model(self, label: str, config: BundleConfig) -> None:
         """Raise ConfigError where backbone or process are others."""
         for kind, mine, theirs in (("backbone", self.backbone, config.backbone), ("process", self.process, config.process)):
+            if mine != theirs and mine.name == theirs.name:
+                mine, theirs = _complete(kind, mine), _complete(kind, theirs)
             if mine != theirs:
                 raise ConfigError(
                     f"the state of {label} was made for another {kind}: {_difference(mine, theirs)}",
@@ -114,6 +116,15 @@ class MethodCard(Config):
     format: Literal[1] = 1
     method: MethodPart
     valid_for: Validity
+
+
+def _complete(kind: str, part: Part) -> Part:
+    """The part with the values it leaves to its defaults: an older file may not have them all."""
+    from ditkit.diffusion.process import process_from
+    from ditkit.loading import backbone_config
+
+    config = backbone_config(part)[1] if kind == "backbone" else process_from(part.name, part.config).config
+    return part.model_copy(update={"config": config.to_dict()})
 
 
 def _difference(a: Part, b: Part) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditkit.bundle import write_bundle
+from ditkit.bundle import Validity, write_bundle
 from ditkit.core.backbone import Backbone
 from ditkit.core.errors import ConfigError
 from ditkit.core.files import atomic_file
@@ -302,7 +302,8 @@ class Training:
         tensors = whole(self.ema.model.state_dict().items())
         if self.world.first:
             clear_half_bundle(self.folder)
-            write_bundle(self.folder, self.parts.card, tensors, codec=self.parts.codec)
+            learned = {m.label: Validity.of(self.parts.card, m) for m in self.parts.model.attached if m.state_dict()}
+            write_bundle(self.folder, self.parts.card, tensors, learned, self.parts.codec)
         self.world.wait()
 
     # ---- how a step is computed ----

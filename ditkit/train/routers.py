@@ -7,7 +7,6 @@ step is computed, so that memory holds the activations of one step, whatever the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,7 +29,7 @@ from .objectives import Diffusion, DiffusionConfig, objective
 
 Rows = Sequence[Tensor]
 Solve = Callable[[Denoise, Tensor, Run], Tensor]
-PRICE_RATE = 0.2  # how fast the price of a computed branch follows the distance to the ratio
+PRICE = 100.0  # of computing everything, for each unit of the distance to the ratio, where errors count about 1
 
 
 class RouterObjectiveConfig(DiffusionConfig):
@@ -143,11 +142,16 @@ def trajectory(
 
 
 def _learn(router: Router, i: int, reference: Tensor, prediction: Tensor, weight: float) -> Step:
-    error = flat_mean((reference - prediction).float() ** 2)
+    error = _apart(reference, prediction)
     gradient = None
     if torch.is_grad_enabled():
         (gradient,) = torch.autograd.grad(weight * error.mean(), router.routers[str(i)])
     return Step(i, reference, prediction.detach(), error.detach(), gradient)
+
+
+def _apart(a: Tensor, b: Tensor) -> Tensor:
+    """(R,) the mean squared difference, in float32 at least."""
+    return flat_mean((a - b).to(torch.promote_types(a.dtype, torch.float32)) ** 2)
 
 
 @torch.no_grad()
@@ -205,16 +209,17 @@ class RouterObjective(Diffusion):
     def price(self, router: Router, error: Tensor) -> tuple[float, float]:
         """What the error is multiplied by, and the price of a computed branch.
 
-        With a ratio the error counts in units of the first one, and the price rises while less is reused than wanted (dual ascent).
+        With a ratio the error counts in units of what it was lately, and the price is proportional to how much less is reused than
+        wanted: negative where it is more. Which entries are reused in the end is their order; the price has to keep them apart.
         """
         if router.config.ratio is None:
             return 1.0, float(self.config.coefficient)
-        r = router.table()
         if torch.is_grad_enabled():
-            if not router.scale:
-                router.scale.fill_(float(error.mean()) or 1.0)
-            router.price.mul_(math.exp(PRICE_RATE * (router.config.ratio - 1 + float(r.mean()))))
-        return 1 / (float(router.scale) or 1.0), float(router.price) / r.numel()
+            now = error.mean()
+            router.scale.copy_(torch.where(router.scale > 0, torch.lerp(router.scale, now, 0.1), now))
+        r = router.table()
+        short = router.config.ratio - (1 - float(r.mean()))
+        return 1 / (float(router.scale) or 1.0), PRICE * short / r.numel()
 
 
 def with_gradients(value: Tensor, router: Router, gradients: Mapping[int, Tensor]) -> Tensor:
@@ -292,7 +297,7 @@ class LearningToCache(RouterObjective):
                 break
         reference = net.base(router, x_t, times[first + 1])
         prediction = net(run, x_t, times[first + 1])
-        error = flat_mean((reference - prediction).float() ** 2)
+        error = _apart(reference, prediction)
         cost = router.rows()[first + 1].sum()
         unit, price = self.price(router, error.detach())
         return Losses(unit * error + price * cost, {"mse": error.detach(), "computed": cost.detach().expand_as(error)})

@@ -53,15 +53,13 @@ class Router(FeatureCache):
 
     config_class = RouterConfig
     step_bound = True
-    price: Tensor
     scale: Tensor
 
     def __init__(self, config: Config | None = None, **values: Any) -> None:
         super().__init__(config, **values)
         self.routers = nn.ParameterDict()  # step -> (J,) logits; steps that always compute have none
         self.columns: dict[tuple[int, str], int] = {}
-        self.register_buffer("price", torch.ones(()))  # of a computed branch, when learning towards a ratio
-        self.register_buffer("scale", torch.zeros(()))  # the first loss, to which later ones are compared; 0: none yet
+        self.register_buffer("scale", torch.zeros(()))  # of errors lately, where it learns towards a ratio; 0: none yet
 
     def routed(self, step: int) -> bool:
         """Whether the table decides at this step; everything is computed otherwise."""
@@ -79,9 +77,8 @@ class Router(FeatureCache):
         if not self.columns:
             steps = [i for i in range(self.config.num_inference_steps) if self.routed(i)]
             self._check_ratio(len(steps))
-            device = next(view.parameters()).device
-            self.routers.update({str(i): nn.Parameter(torch.randn(len(columns), device=device)) for i in steps})
-            self.price, self.scale = self.price.to(device), self.scale.to(device)
+            self.routers.update({str(i): nn.Parameter(torch.randn(len(columns))) for i in steps})
+            self.to(next(view.parameters()).device)
         self.columns = columns
 
     def _check_ratio(self, routed: int) -> None:
@@ -93,7 +90,7 @@ class Router(FeatureCache):
 
     def rows(self) -> list[Tensor]:
         """r of each step, (J,) each, with gradients; ones where everything is computed."""
-        sure = torch.ones(len(self.columns), device=self.price.device)
+        sure = torch.ones(len(self.columns), device=self.scale.device)
         steps = range(self.config.num_inference_steps)
         return [self.routers[str(i)].clamp(-LIMIT, LIMIT).sigmoid() if self.routed(i) else sure for i in steps]
 
