@@ -21,7 +21,6 @@ from ditkit.diffusion.process import Process, process_from
 from ditkit.loading import backbone_config, load_model, make_method
 from ditkit.told import find_encoder
 
-from . import routers  # noqa: F401  (registers the objectives of routers)
 from .captioned import Captioned, check_told, examples
 from .objectives import Objective, objective_from
 from .recipe import Recipe

@@ -19,7 +19,13 @@ from .batches import Draw
 
 None_ = Callable[[Any, dict[str, Tensor]], Mapping[str, Tensor]]
 OBJECTIVES: dict[str, type[Objective]] = {}
-_ELSEWHERE = {"tinyfusion": "tinyfusion", "masked_kd": "tinyfusion", "clear": "clear"}  # name -> the module of this package that registers it
+_ELSEWHERE = {  # name -> the module of this package that registers it
+    "tinyfusion": "tinyfusion",
+    "masked_kd": "tinyfusion",
+    "clear": "clear",
+    "harmonica": "routers",
+    "l2c": "routers",
+}
 
 
 class Objective(ABC):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -23,6 +23,7 @@ from ditkit.diffusion.process import Losses, Process, Time, as_time, flat_mean
 from ditkit.diffusion.solvers import SOLVERS
 from ditkit.methods.efficiency._router import Router, router_of
 from ditkit.methods.efficiency.harmonica import HarmoniCa
+from ditkit.methods.efficiency.l2c import L2C
 
 from .batches import Draw
 from .objectives import Diffusion, DiffusionConfig, objective
@@ -196,6 +197,19 @@ class RouterObjective(Diffusion):
     """What both objectives share: solver, price of a computed branch, and a loss that has the gradients."""
 
     config_class = RouterObjectiveConfig
+    learns: ClassVar[type[Router]] = Router
+
+    def begin(self, model: Any) -> None:
+        self.router(model)
+
+    def router(self, model: Any) -> Any:
+        """The router that is learned. Raises DitkitError for another method."""
+        found = router_of(model)
+        if not isinstance(found, self.learns):
+            raise DitkitError(
+                f"objective {self.name} with {found.label}", allowed=f"the method {self.name}", hint=f"objective {found.label}"
+            )
+        return found
 
     def solve(self, denoise: Denoise, x: Tensor, run: Run) -> Tensor:
         """x at the end of a trajectory of the solver; ``run`` counts its steps."""
@@ -235,6 +249,7 @@ class Harmonica(RouterObjective):
     """Needs no data: their shape and conditioning are used, not their values. The batch is the number of trajectories at a time."""
 
     config_class = HarmonicaConfig
+    learns = HarmoniCa
 
     def draws(self, shape: tuple[int, ...]) -> dict[str, Draw]:
         return {"noise": Draw("normal", shape)}
@@ -257,13 +272,6 @@ class Harmonica(RouterObjective):
         parts = {"error": error, "computed": cost.detach().expand_as(error)}
         return Losses(with_gradients(unit * error, router, gradients) + price * cost, parts)
 
-    def router(self, model: Any) -> HarmoniCa:
-        """The router that is learned. Raises DitkitError for another method."""
-        found = router_of(model)
-        if not isinstance(found, HarmoniCa):
-            raise DitkitError(f"objective harmonica with {found.label}", allowed="the method harmonica", hint=f"objective {found.label}")
-        return found
-
     def refresh(self, net: Guided, router: HarmoniCa, x: Tensor) -> None:
         """Measure the weights of the steps again where it is time."""
         if self.config.proxy != "none" and int(router.updates) % self.config.refresh == 0:
@@ -276,15 +284,14 @@ class LearningToCache(RouterObjective):
     """One pair of steps an update, the same for the whole batch; it starts from noised data, without guidance."""
 
     config_class = L2CConfig
+    learns = L2C
 
     def loss(self, model: Any, batch: Mapping[str, Tensor]) -> Losses:
-        router = router_of(model).clamp_()
+        router = self.router(model).clamp_()
         num_steps = router.config.num_inference_steps
         times = self.process.at(batch["x"].shape[1:]).times(num_steps, **self._way())
         pair = int(batch["time"][0] * (num_steps // 2))  # of k = 0 .. T / 2 - 1: s = 2 k + 1
         first = num_steps - 2 - 2 * pair
-        if not router.routed(first + 1):
-            raise DitkitError(f"objective l2c with {router.label}", allowed="the method l2c", hint=f"objective {router.label}")
         net = Guided(model, self.process, 1.0, "all", self.conditioning(model, batch))
         x_t = self.process.add_noise(batch["x"], batch["noise"], times[first])
         rows, run = self.rows(router), Run(model, num_steps)

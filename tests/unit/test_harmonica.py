@@ -305,8 +305,10 @@ def test_wrong_pairs_of_objective_and_method_are_refused() -> None:
         loss_of(tiny())
     with pytest.raises(DitkitError, match="objective harmonica with l2c"):
         loss_of(with_table(L2C(num_inference_steps=4), 0.0))
-    with pytest.raises(DitkitError, match="objective l2c with harmonica|deterministic"):
-        loss_of(with_table(HarmoniCa(num_inference_steps=4), 0.0), solver="euler_maruyama")
+    with pytest.raises(DitkitError, match="objective l2c with harmonica"):
+        loss_of(with_table(HarmoniCa(num_inference_steps=4), 0.0), "l2c")
+    with pytest.raises(DitkitError, match=r"draws noise; allowed: deterministic solvers"):
+        loss_of(with_table(HarmoniCa(num_inference_steps=4), 0.0), solver="ddim", solver_options={"eta": 1.0}, proxy="none")
 
 
 # ---- by recipe, on the shipped digits
