@@ -167,7 +167,7 @@ def damages(net: Guided, router: Router, solve: Solve, x: Tensor, how: Literal["
     """What reuse at each step does to the end of the trajectory from x, by step.
 
     cumulative (released): added to reuse at all earlier steps; the changes add up to that of reuse at all steps.
-    leave_one_out (paper, eq. 9): the end with reuse at all steps, less the end with reuse at all steps but this.
+    leave_one_out (paper): the end with reuse at all steps, less the end with reuse at all steps but this.
     """
     rows = [r.detach() for r in router.rows()]
     ones = [torch.ones_like(r) for r in rows]
