@@ -1,4 +1,5 @@
-"""Views under FSDP2 on 2 gloo processes: one sharded root is teacher (no method active) and student. Run by test_sharding.py.
+"""On 2 gloo processes: views under FSDP2, where one sharded root is teacher (no method active) and student; windows in strips. Run by
+test_sharding.py.
 
 python -m torch.distributed.run --nproc_per_node 2 shard_worker.py OUT.json CASE
 """
@@ -20,11 +21,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ditkit.backbones.dit import DiT, draw_parameters
+from ditkit.backbones.flux import Flux
+from ditkit.backbones.mmdit import MMDiT
 from ditkit.core.backbone import Backbone
+from ditkit.core.errors import DitkitError
 from ditkit.core.run import Run
 from ditkit.core.view import keep_blocks, with_methods
 from ditkit.methods.adaptation.lora import LoRA
+from ditkit.methods.efficiency.clear import CLEAR
 from ditkit.methods.efficiency.fora import FORA
+from ditkit.methods.strips import Strips
 
 CASES = ("lora", "teacher_student", "pruned")
 
@@ -140,10 +146,35 @@ def state_survives(case: str, view: Backbone) -> bool:
     return all(torch.equal(before[k], after[k]) for k in before)
 
 
+def strips() -> dict[str, float]:
+    """A window over two strips against the window in one process: the relative error of the output."""
+    errors = {}
+    for name, model in (("mmdit", MMDiT.tiny()), ("flux", Flux.tiny()), ("dit", DiT.tiny())):
+        x, t, cond = model.example()
+        cond.pop("mask", None)
+        for radius, how in ((1.0, "auto"), (2.0, "gathered"), (2.5, "dense")):
+            with torch.no_grad():
+                one, two = (with_methods(model, m)(x, t, **cond) for m in (CLEAR(radius=radius), Strips(radius=radius, how=how)))
+            errors[f"{name}, radius {radius}"] = float((two - one).norm() / one.norm())
+    return errors
+
+
+def thin_strips() -> str:
+    """What is said of a halo that is wider than a strip: 3 rows of 2."""
+    model = DiT.tiny()
+    x, t, cond = model.example()
+    try:
+        with_methods(model, Strips(radius=4.0))(x, t, **cond)
+    except DitkitError as error:
+        return str(error)
+    return ""
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    results = {case: main(case) for case in CASES}
+    results: dict[str, Any] = {case: main(case) for case in CASES}
+    results |= {"strips": strips(), "thin": thin_strips()}
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(results))
     dist.barrier()

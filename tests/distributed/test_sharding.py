@@ -32,3 +32,4 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         assert found["state"], f"{case}: weights survive save and load"
     assert len(results["strips"]) == 9
     assert max(results["strips"].values()) < 1e-5, results["strips"]
+    assert "2 processes share equally, 3 or more each" in results["thin"]

@@ -18,9 +18,10 @@ from ditkit.backbones.mmdit import MMDiT
 from ditkit.core.backbone import Backbone
 from ditkit.core.errors import Conflict, DitkitError
 from ditkit.core.streams import grid_layout
-from ditkit.core.view import with_methods
+from ditkit.core.view import keep_blocks, with_methods
 from ditkit.eval.counters import count_forward, published
 from ditkit.methods.efficiency.clear import CLEAR, pooled, pooled_layout, sharpness, visible_pairs
+from ditkit.methods.strips import Strips
 from ditkit.testing.contract import compiled_like_eager, draw
 from ditkit.testing.trajectory import relative, sample
 from ditkit.train.clear import AttentionOutputs, attention_loss, attention_parameters, evaluate, prediction_loss, train_attention_only
@@ -96,7 +97,8 @@ def test_two_resolutions_however_computed_and_whatever_the_batch(model) -> None:
 
 
 def test_two_resolutions_compile() -> None:
-    compiled_like_eager(draw(with_methods(Flux.tiny(), CLEAR(radius=1.5, down=2, proportional=8))), "block")
+    view = draw(with_methods(keep_blocks(Flux.tiny(), [0]), CLEAR(radius=1.5, down=2, proportional=8)))
+    compiled_like_eager(view, "block")
 
 
 def test_two_resolutions_in_flex_blocks() -> None:
@@ -226,6 +228,8 @@ def test_what_cannot_be_met_is_refused() -> None:
     with_methods(Flux.tiny(), method)
     with pytest.raises(Conflict, match="made for 2 blocks"):
         with_methods(DiT.tiny(), method)
+    with pytest.raises(Conflict, match="no process group"):
+        with_methods(Flux.tiny(), Strips())
     with pytest.raises(DitkitError, match="blocks"):
         attention_loss([torch.zeros(1, 2, 3)], [])
     with pytest.raises(DitkitError):
