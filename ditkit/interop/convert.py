@@ -85,8 +85,12 @@ def _to_bundle(opened: Opened, out: Path, codec: Codec) -> None:
 
 
 def _backbone(opened: Opened) -> Any:
-    from ditkit.loading import backbone_config
+    from ditkit.loading import backbone_config, learned_encoder
 
+    if learned_encoder(opened.config.encoder) is not None:
+        raise WeightsError(
+            f"{opened.folder} holds a text encoder that was learned with the network", allowed="--to ditkit", hint="no other layout has it"
+        )
     return backbone_config(opened.config.backbone, str(opened.folder))[1]
 
 

@@ -14,8 +14,9 @@ from PIL import Image
 import ditkit
 from ditkit.conditioning.encoders.bytes import ByteEncoder
 from ditkit.core import registry
-from ditkit.core.errors import DitkitError
+from ditkit.core.errors import DitkitError, WeightsError
 from ditkit.core.files import read_tensors
+from ditkit.interop.convert import convert
 from ditkit.testing.training import comparable, tiny_recipe
 from ditkit.train import Recipe, load_recipe, train
 from ditkit.train.build import build
@@ -201,3 +202,10 @@ def test_the_recipe_of_scenes_has_the_size_it_says() -> None:
     count = sum(p.numel() for p in build(small, CPU).model.parameters())
     assert math.isclose(count, 5.63e6, rel_tol=0.01)
     assert recipe.trainer.steps * recipe.trainer.batch_size * 1.8e9 / 60e9 <= 90 * 60
+
+
+def test_no_other_layout_has_the_encoder(trained: Path, tmp_path: Path) -> None:
+    convert(str(trained), tmp_path / "ours")
+    assert ditkit.from_pretrained(tmp_path / "ours", device="cpu").encoder is not None
+    with pytest.raises(WeightsError, match="holds a text encoder that was learned with the network; allowed: --to ditkit"):
+        convert(str(trained), tmp_path / "theirs", "diffusers")
