@@ -19,7 +19,7 @@ from typing import IO
 
 import torch
 
-from ditkit.bundle import open_bundle
+from ditkit.bundle import find_bundle, open_bundle
 from ditkit.core.cache import cache_dir
 from ditkit.core.config import read_data
 from ditkit.core.errors import DitkitError, WeightsError
@@ -103,11 +103,21 @@ def content_hash(recipe: Recipe) -> str:
         values.pop(key)
     device = recipe.trainer.device
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device.split(":")[0]
-    if recipe.base is not None:
-        values["base"] = open_bundle(recipe.base).hash
     backbone = recipe.backbone.name if recipe.backbone else ""
-    content = [values, code_hash(code_of(backbone, recipe.data.name)), torch.__version__, kind]
+    if recipe.base is not None:
+        opened = open_bundle(recipe.base)
+        values["base"], backbone = opened.hash, opened.config.backbone.name
+    if "teacher" in recipe.objective.config:  # a bundle: what is in it counts, not where it is
+        values["objective"]["config"]["teacher"] = open_bundle(find_bundle(recipe.objective.config["teacher"])).hash
+    files = [*code_of(backbone, recipe.data.name), *(method_file(m.name) for m in recipe.methods)]
+    content = [values, code_hash(tuple(files)), torch.__version__, kind]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def method_file(name: str) -> Path:
+    """The source file of a method of ditkit; for another package's, the registry itself (its code is not seen)."""
+    found = sorted((PACKAGE / "methods").glob(f"*/{name}.py"))
+    return found[0] if found else PACKAGE / "core" / "registry.py"
 
 
 def code_of(backbone: str, data: str) -> tuple[Path, ...]:

@@ -123,7 +123,7 @@ class Protocol(Config):
     def _consistent(self) -> Protocol:
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds {self.seeds} are not distinct")
-        for fault in itertools.chain(self._unknown_bases(), self._unknown_arms()):
+        for fault in itertools.chain(self._unknown_bases(), self._unknown_arms(), self._unknown_origins()):
             raise ValueError(fault)
         return self
 
@@ -131,6 +131,14 @@ class Protocol(Config):
         for name, arm in self.arms.items():
             if arm.base not in self.bases:
                 yield f"arm {name!r} is of base {arm.base!r}; known: {', '.join(self.bases)}"
+
+    def _unknown_origins(self) -> Iterator[str]:
+        earlier: list[str] = []
+        for base in self.bases:
+            for text in self.builds_on(base):
+                if name_of(text) not in earlier:
+                    yield f"base {base!r} builds on {text!r}; before it stand: {', '.join(earlier) or 'none'}"
+            earlier.append(base)
 
     def _unknown_arms(self) -> Iterator[str]:
         used = [(f"claim {name!r}", c.metric, c.arms) for name, c in self.claims.items()]
@@ -142,15 +150,27 @@ class Protocol(Config):
                 elif (self.arms[name].measure == "samples") != (metric in OF_SAMPLES):
                     yield f"{where} needs {metric} of arm {name!r}, which measures its {self.arms[name].measure}"
 
-    def recipe_of(self, base: str, seed: int) -> Recipe:
-        """The training recipe of one base. Raises ConfigError naming the base."""
+    def recipe_of(self, base: str, seed: int, folders: Mapping[str, str] | None = None) -> Recipe:
+        """The training recipe of one base. Raises ConfigError naming the base.
+
+        Args:
+            folders: where the bases are that this one builds on, by what the file says of them: ``@NAME`` or ``@NAME:CUT``.
+        """
         values = merged(merged(self.recipe, self.bases[base]), {"trainer": {"seed": seed}, "data": {"name": self.data}})
-        return Recipe.parse(values, f"base {base}")
+        return Recipe.parse(replaced(values, folders or {}), f"base {base}")
+
+    def builds_on(self, base: str) -> list[str]:
+        """What a base's recipe names of other bases: ``@NAME``, or ``@NAME:CUT`` for one with fewer blocks (``reproduce/cuts.py``)."""
+        return [text for text in strings(self.bases[base]) if text.startswith("@")]
 
     def needed(self) -> dict[str, list[str]]:
-        """The arms that a claim or a curve uses, by base, in the order of the file."""
+        """The arms that a claim or a curve uses, by base, in the order of the file; also bases that others of these build on."""
         used = {a for c in self.claims.values() for a in c.arms} | {a for c in self.curves for s in c.series for a in s.arms}
-        return {b: arms for b in self.bases if (arms := [n for n, a in self.arms.items() if a.base == b and n in used])}
+        arms = {b: [n for n, a in self.arms.items() if a.base == b and n in used] for b in self.bases}
+        wanted = {b for b in self.bases if arms[b]}
+        for base in reversed(self.bases):  # what a base builds on stands before it
+            wanted |= {name_of(text) for text in self.builds_on(base)} if base in wanted else set()
+        return {b: arms[b] for b in self.bases if b in wanted}
 
 
 def load_protocol(name: str | Path, part: Name = "default") -> Protocol:
@@ -174,6 +194,29 @@ def load_protocol(name: str | Path, part: Name = "default") -> Protocol:
 def protocols() -> dict[str, Path]:
     """The experiments of the package: name -> file."""
     return {path.stem: path for path in sorted(HOME.glob("*.yaml"))}
+
+
+def name_of(text: str) -> str:
+    """``@NAME:CUT`` -> ``NAME``."""
+    return text.removeprefix("@").partition(":")[0]
+
+
+def strings(values: Any) -> Iterator[str]:
+    """All texts in plain data."""
+    if isinstance(values, str):
+        yield values
+    elif isinstance(values, Mapping | list | tuple):
+        for value in values.values() if isinstance(values, Mapping) else values:
+            yield from strings(value)
+
+
+def replaced(values: Any, texts: Mapping[str, str]) -> Any:
+    """Plain data with other texts for some."""
+    if isinstance(values, Mapping):
+        return {key: replaced(value, texts) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return type(values)(replaced(value, texts) for value in values)
+    return texts.get(values, values) if isinstance(values, str) else values
 
 
 def merged(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from ditkit.eval.roof import machine, other_work
 from ditkit.pipeline import Pipeline
 
 from .bases import Base, BaseStore
+from .cuts import origin
 from .figure import draw
 from .measures import Measured, Real, measure
-from .protocol import Name, Paired, Protocol, load_protocol
+from .protocol import Name, Paired, Protocol, load_protocol, name_of
 from .result import Reproduction, Row
 from .statistics import detectable
 from .verdicts import ClaimResult, Values, judge_paired, judge_trend
@@ -100,10 +101,11 @@ def train_bases(protocol: Protocol, store: BaseStore, progress: bool) -> tuple[d
     """All bases that are needed, for every seed, and the seconds it took."""
     start = time.perf_counter()
     todo = [(name, seed) for seed in protocol.seeds for name in protocol.needed()]
-    found = {}
+    found: dict[tuple[str, int], Base] = {}
     for i, (name, seed) in enumerate(todo):
         log.info("base %d of %d: %s, seed %d", i + 1, len(todo), name, seed)
-        found[name, seed] = store.get(protocol.recipe_of(name, seed), progress)
+        folders = {text: origin(text, found[name_of(text), seed].folder, protocol.data, seed) for text in protocol.builds_on(name)}
+        found[name, seed] = store.get(protocol.recipe_of(name, seed, folders), progress)
     return found, time.perf_counter() - start
 
 
