@@ -19,7 +19,7 @@ from ditkit.core.errors import ConfigError
 from ditkit.data import Dataset
 
 log = logging.getLogger("ditkit")
-MANY = 4096  # captions looked at together
+MANY, FEW = 4096, 1000  # captions looked at together; captions of an endless set that are looked at
 
 
 class Captioned:
@@ -44,8 +44,9 @@ class Captioned:
         self._cache = None if self.learned else TextCache(encoder.to(next(model.parameters()).device))
         if self._cache is not None:
             self._scan(self._cache)
-        elif hasattr(data, "has_captions"):  # the user's own: a caption that is too long is named now, not at the step that meets it
-            for ids in self._parts():
+        else:  # a caption that is too long is named now, not at the step that meets it
+            endless = not hasattr(data, "has_captions")  # made when asked for, which takes time
+            for ids in self._parts(FEW if endless else len(data)):
                 encoder.tokenize(self.captions(ids))
 
     def __len__(self) -> int:
@@ -83,12 +84,13 @@ class Captioned:
 
     def _scan(self, cache: TextCache) -> None:
         """Encode all captions."""
-        new = sum(cache.add(self.captions(ids)) for ids in self._parts())
+        new = sum(cache.add(self.captions(ids)) for ids in self._parts(len(self)))
         cache.add([""], progress=False)
         log.info("captions of %s: %d encoded, the others found in %s", self.name, new, cache.folder)
 
-    def _parts(self) -> Iterator[np.ndarray]:
-        return (np.arange(i, min(i + MANY, len(self))) for i in range(0, len(self), MANY))
+    def _parts(self, count: int) -> Iterator[np.ndarray]:
+        count = min(count, len(self))
+        return (np.arange(i, min(i + MANY, count)) for i in range(0, count, MANY))
 
 
 def _like(value: Tensor, other: Tensor) -> Tensor:
