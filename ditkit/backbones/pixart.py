@@ -168,15 +168,8 @@ class PixArt(Backbone):
             )
         micro = None if self.micro is None or size is None else self.micro(size, aspect)
         tokens = self.caption(text)
-        blocks = tuple(b.cross.to_kv(tokens) for b in self.own_blocks()) if self._ahead() else ()
+        blocks = tuple(b.cross.to_kv(tokens) for b in self.own_blocks()) if self.ahead() else ()
         return Prepared({"text": tokens, "layout": layout, "micro": micro}, blocks)
-
-    def _ahead(self) -> bool:
-        """Whether keys and values can be made before the blocks run: not where a method acts on projections, nor in training, where
-        they would all be kept for the backward pass, nor where a block gathers its weights when it is called (FSDP)."""
-        acted_on = any(hasattr(m, "linear") for m in self.attached)
-        sharded = any(type(p).__name__ == "DTensor" for p in self.blocks.parameters())
-        return not (acted_on or sharded or torch.is_grad_enabled())
 
     def null(
         self, *, text: Tensor, mask: Tensor | None = None, size: Tensor | None = None, aspect: Tensor | None = None
