@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ditkit.core.backbone import Backbone
+from ditkit.core.config import Config
 from ditkit.core.errors import DitkitError
 from ditkit.core.run import Run
 from ditkit.diffusion.guidance import Denoise, combine
@@ -26,14 +27,14 @@ from ditkit.methods.efficiency.harmonica import HarmoniCa
 from ditkit.methods.efficiency.l2c import L2C
 
 from .batches import Draw
-from .objectives import Diffusion, DiffusionConfig, objective
+from .objectives import Diffusion, objective
 
 Rows = Sequence[Tensor]
 Solve = Callable[[Denoise, Tensor, Run], Tensor]
 PRICE = 100.0  # of computing everything, for each unit of the distance to the ratio, where errors count about 1
 
 
-class RouterObjectiveConfig(DiffusionConfig):
+class RouterObjectiveConfig(Config):
     """Settings of both objectives."""
 
     coefficient: float = Field(7e-8, ge=0, description="of the sum of r; only where the router has no ratio to learn towards")
@@ -56,6 +57,7 @@ class L2CConfig(RouterObjectiveConfig):
     """Settings of the objective ``l2c``."""
 
     coefficient: float = Field(1e-6, ge=0, description="of the sum of r; only where the router has no ratio to learn towards")
+    label_dropout: float = Field(0.1, ge=0, le=1, description="share of samples without their label, in all three passes alike")
     straight_through: bool = Field(False, description="mix by the hard decision, with the gradient of r")
 
 
@@ -93,6 +95,8 @@ class Guided:
         if len(out) == 1:
             return out[0]
         chosen = x.shape[1] if self.channels == "all" else self.channels
+        if not 1 <= chosen <= x.shape[1]:
+            raise DitkitError(f"guidance_channels is {chosen} for data of {x.shape[1]} channels", allowed=f"'all', or 1 to {x.shape[1]}")
         first = combine(out[0], out[1], self.scale, (chosen, x.shape[1]))
         return torch.cat([first, torch.cat([first[:, :chosen], out[1][:, chosen:]], 1)])
 
@@ -258,7 +262,8 @@ class Harmonica(RouterObjective):
         router, cfg, learning = self.router(model), self.config, torch.is_grad_enabled()
         router.clamp_()
         cond = {k: v for k, v in batch.items() if k not in ("x", "noise")}
-        net = Guided(model, self.process, cfg.guidance_scale, cfg.guidance_channels, cond, self.none(model, cond))
+        null = None if cfg.guidance_scale == 1 else self.none(model, cond)
+        net = Guided(model, self.process, cfg.guidance_scale, cfg.guidance_channels, cond, null)
         x = torch.cat([self.process.start(batch["noise"])] * net.halves)
         if learning:
             self.refresh(net, router, x)

@@ -300,6 +300,12 @@ def test_the_weights_of_the_steps_are_measured_again_after_so_many_trajectories(
     assert not torch.equal(seen[1], seen[2])
 
 
+def test_without_guidance_no_null_label_is_needed_and_channels_are_checked() -> None:
+    assert loss_of(with_table(HarmoniCa(num_inference_steps=2), 0.0, tiny(null_label=False)), guidance_scale=1.0).loss.isfinite().all()
+    with pytest.raises(DitkitError, match=r"guidance_channels is 3 .* allowed: 'all', or 1 to 2"):
+        loss_of(with_table(HarmoniCa(num_inference_steps=2), 0.0), guidance_channels=3)
+
+
 def test_wrong_pairs_of_objective_and_method_are_refused() -> None:
     with pytest.raises(DitkitError, match="0 routers"):
         loss_of(tiny())
