@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,24 +52,46 @@ def render(functions: Sequence[MaskFn], q: Layouts, k: Layouts) -> Mask | None:
 
 
 def _windowed(tiles: Mapping[tuple[str, str], Sequence[Tensor | Window]], q: Layouts, k: Layouts) -> Mask | None:
-    """A single window between all tokens of one full grid, and nothing else hidden; otherwise None."""
-    (i, j), found = next(iter(tiles.items()))
-    window = found[0]
-    if len(tiles) > 1 or len(found) > 1 or not isinstance(window, Window) or q[i] is not k[j] or not is_full_grid(q[i]):
+    """A single window between all tokens of one full grid, and nothing else hidden but padding of other segments; otherwise None."""
+    windows = [place for place, found in tiles.items() if any(isinstance(m, Window) for m in found)]
+    if len(windows) != 1 or len(tiles[windows[0]]) != 1:
+        return None
+    (i, j), window = windows[0], tiles[windows[0]][0]
+    assert isinstance(window, Window)
+    if i != j or q[i] is not k[j] or not is_full_grid(q[i]):
+        return None
+    seen = _seen({place: found for place, found in tiles.items() if place != (i, j)}, q, k, i)
+    if seen is None:
         return None
     how, grid, device = window.how, q[i].grid, q[i].coords.device
     assert grid is not None
     window.check(len(grid))
     if how == "auto":
         worth = 2 * window.tiling(grid).keys <= q[i].total
-        how = "dense" if not worth else "blocks" if device.type == "cuda" else "gathered"
+        how = "dense" if not worth else "blocks" if device.type == "cuda" and not seen else "gathered"
     if how == "gathered":
-        return gather(window, grid, i, sum(_size(u) for n, u in k.items() if n != j), device)
+        return gather(window, grid, i, sum(_size(u) for n, u in k.items() if n != j), device)._replace(seen=seen)
+    if seen:
+        return None
     queries, keys = (sum(map(_size, layouts.values())) for layouts in (q, k))
     if how == "blocks" and (device.type != "cpu" or queries % BLOCK == keys % BLOCK == 0):
         starts = [sum(_size(layouts[n]) for n in list(layouts)[: list(layouts).index(i)]) for layouts in (q, k)]
         return blocks(window, grid, starts[0], queries, starts[1], keys, device)
     return None
+
+
+def _seen(tiles: Mapping[tuple[str, str], Sequence[Any]], q: Layouts, k: Layouts, grid: str) -> dict[str, Tensor] | None:
+    """Segment -> which of its keys are seen (b, M), the same from every query of all segments. None: more is hidden than that."""
+    seen: dict[str, Tensor] = {}
+    for j in {j for _, j in tiles}:
+        lines = [tiles.get((i, j), ()) for i in q]
+        if j == grid or not all(found and all(m.stride(1) == 0 for m in found) for found in lines):
+            return None
+        first, *others = (_both([m[:, 0] for m in found]) for found in lines)
+        if not all(first.is_meta or torch.equal(first, other) for other in others):
+            return None
+        seen[j] = first
+    return seen
 
 
 def dense(tiles: Mapping[tuple[str, str], Sequence[Tensor | Window]], q: Layouts, k: Layouts) -> Tensor:

@@ -22,13 +22,22 @@ BLOCK = 128  # FlexAttention's; its CPU kernel reads past the end of lengths tha
 
 
 class Gathered(NamedTuple):
-    """The queries of one segment in P tiles of n, each with its m keys gathered. Other segments see, and are seen, everywhere."""
+    """The queries of one segment in P tiles of n, each with its m keys gathered. Other segments see, and are seen, everywhere,
+    but for keys that nobody sees."""
 
     segment: str
     queries: Tensor  # (P, n) rows of the segment; past the border: any row
     keys: Tensor  # (P, m)
     visible: Tensor | None  # bool (1, P, n, m + keys of other segments); None: all
     rows: Tensor  # (N,) where each row stands among the P n
+    seen: dict[str, Tensor] = {}  # other segment -> bool (b, M), False: padding; absent: all are seen
+
+    def of(self, keys: dict[str, Tensor]) -> Tensor | None:
+        """Which of these keys (B, H, M, d) of all segments, one after the other, are seen at all: (B, M); None: all."""
+        if not any(n in self.seen for n in keys):
+            return None
+        parts = [self.seen.get(n, u.new_ones(1, 1, dtype=torch.bool)).expand(len(u), u.shape[2]) for n, u in keys.items()]
+        return torch.cat(parts, 1)
 
 
 @lru_cache(maxsize=64)
@@ -74,13 +83,29 @@ def gathered(a: Attn, g: Gathered) -> dict[str, Tensor]:
     q, k, v = (_tiles(u[g.segment], rows) for u, rows in ((a.q, g.queries), (a.k, g.keys), (a.v, g.keys)))
     if len(a.k) > 1:  # what is seen everywhere is seen from every tile
         k, v = (torch.cat([u, _others(o, g.segment).expand(-1, -1, u.shape[2], -1, -1)], 3) for u, o in ((k, a.k), (v, a.v)))
-    # heads go to the batch, tiles to the heads: the mask is then the same for the whole batch
-    tiled = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), g.visible)
-    out = {g.segment: tiled.unflatten(0, q.shape[:2]).flatten(2, 3).index_select(2, g.rows)}
+    out = {g.segment: _untiled(_in_tiles(q, k, v, g.visible, g.of({n: u for n, u in a.k.items() if n != g.segment})), g.rows)}
+    seen = g.of(a.k)
     for n in a.q:
         if n != g.segment:
-            out[n] = F.scaled_dot_product_attention(a.q[n], joined(a.k), joined(a.v))
+            out[n] = F.scaled_dot_product_attention(a.q[n], joined(a.k), joined(a.v), None if seen is None else seen[:, None, None])
     return {n: out[n] for n in a.q}
+
+
+def _in_tiles(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, seen: Tensor | None) -> Tensor:
+    """q (B, H, P, n, d), k and v (B, H, P, m, d) -> (B, H, P, n, d); ``seen`` (B, M) of the last M keys."""
+    if seen is None:  # heads go to the batch, tiles to the heads: the mask is then the same for the whole batch
+        out = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), visible)
+        return out.unflatten(0, q.shape[:2])
+    mask = F.pad(seen, (k.shape[3] - seen.shape[1], 0), value=True)[:, None, None]  # (B, 1, 1, m)
+    mask = mask.expand(-1, q.shape[2], -1, -1) if visible is None else mask & visible
+    q, k, v = (u.transpose(1, 2) for u in (q, k, v))  # tiles go to the batch: each sample has a mask of its own
+    out = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask.flatten(0, 1)[:, None])
+    return out.unflatten(0, q.shape[:2]).transpose(1, 2)
+
+
+def _untiled(u: Tensor, rows: Tensor) -> Tensor:
+    """(B, H, P, n, d) -> (B, H, N, d)."""
+    return u.flatten(2, 3).index_select(2, rows)
 
 
 def joined(segments: dict[str, Tensor]) -> Tensor:

@@ -17,7 +17,10 @@ from ditkit.backbones.lumina import Lumina
 from ditkit.backbones.mmdit import MMDiT
 from ditkit.core.backbone import Backbone
 from ditkit.core.errors import Conflict, DitkitError
-from ditkit.core.streams import grid_layout
+from ditkit.core.masks import padding, render
+from ditkit.core.seams import Attn, sdpa
+from ditkit.core.sparse import Gathered
+from ditkit.core.streams import Layout, grid_layout
 from ditkit.core.view import keep_blocks, with_methods
 from ditkit.eval.counters import count_forward, published
 from ditkit.methods.efficiency.clear import CLEAR, pooled, pooled_layout, sharpness, visible_pairs
@@ -74,6 +77,21 @@ def test_a_window_over_everything_is_full_attention(model) -> None:
     assert relative(sample(with_methods(base, CLEAR(radius=2)), num_steps=2), full) > 1e-3
 
 
+def test_padding_of_the_text_is_hidden_in_tiles_too() -> None:
+    """From image and text; no mask over all tokens is made for it."""
+    g = torch.Generator().manual_seed(0)
+    valid = torch.tensor([[True, True, False, True], [True, False, False, False]])
+    layouts = {"text": Layout(torch.zeros(1, 4, 2), 4, valid=valid), "img": grid_layout((10, 9))}
+    q, k, v = ({n: torch.randn(2, 2, u.total, 8, generator=g) for n, u in layouts.items()} for _ in range(3))
+    masks = {how: render([padding, CLEAR(radius=2.5, how=how).mask], layouts, layouts) for how in ("dense", "gathered")}
+    assert isinstance(masks["gathered"], Gathered)
+    out = {how: sdpa(Attn("attn", q, k, v, layouts, layouts, mask)) for how, mask in masks.items()}
+    assert all(relative(out["gathered"][n], out["dense"][n]) < 1e-6 for n in layouts)
+    k["text"] = torch.where(valid[:, None, :, None], k["text"], 1e4)
+    again = sdpa(Attn("attn", q, k, v, layouts, layouts, masks["gathered"]))
+    assert all(torch.equal(again[n], out["gathered"][n]) for n in layouts)
+
+
 # ---- the second resolution --------------------------------------------------------------------------------------------------
 
 
@@ -88,7 +106,7 @@ def test_two_resolutions_however_computed_and_whatever_the_batch(model) -> None:
     base = model.tiny()
     made = {how: draw(with_methods(base, CLEAR(radius=1.5, down=2, proportional=8, how=how))) for how in ("dense", "gathered")}
     x, t, cond = base.example(3)
-    cond["mask"] = torch.ones_like(cond["mask"])
+    assert not cond["mask"].all(), "some of the text is padding"
     with torch.no_grad():
         whole = made["dense"](x, t, **cond)
         assert relative(made["gathered"](x, t, **cond), whole) < 1e-6
@@ -97,7 +115,7 @@ def test_two_resolutions_however_computed_and_whatever_the_batch(model) -> None:
 
 
 def test_two_resolutions_compile() -> None:
-    view = draw(with_methods(keep_blocks(Flux.tiny(), [0]), CLEAR(radius=1.5, down=2, proportional=8)))
+    view = draw(with_methods(keep_blocks(Flux.tiny(), [0]), CLEAR(radius=1.5, down=2, proportional=8, how="gathered")))
     compiled_like_eager(view, "block")
 
 

@@ -24,7 +24,7 @@ from ditkit.core.errors import Conflict, DitkitError
 from ditkit.core.method import Method
 from ditkit.core.run import At
 from ditkit.core.seams import Attn, Site
-from ditkit.core.sparse import Blocks
+from ditkit.core.sparse import Blocks, Gathered
 from ditkit.core.streams import Layout
 from ditkit.core.windows import Ball, How, Window
 
@@ -125,7 +125,10 @@ def some_queries(a: Attn, names: Sequence[str]) -> Attn:
     if isinstance(mask, Tensor):
         rows = zip(a.q, mask.split([u.shape[2] for u in a.q.values()], 2))
         mask = torch.cat([m for n, m in rows if n in names], 2)[..., : sum(u.shape[2] for u in a.k.values())]
-    elif mask is not None and getattr(mask, "segment", None) not in names:
+    elif isinstance(mask, Gathered):
+        seen = mask.of(a.k)
+        mask = mask if mask.segment in names else None if seen is None else seen[:, None, None]
+    elif isinstance(mask, Blocks):
         mask = None
     return a._replace(q={n: a.q[n] for n in names}, q_layout={n: u for n, u in a.q_layout.items() if n in names}, mask=mask)
 
