@@ -94,6 +94,8 @@ def shorten(model: Backbone, keep: Sequence[int]) -> Backbone:
     config = type(model.config)(**{**model.config.to_dict(), **changes})
     encoder = None if model.encoder is None else Part.parse({k: v for k, v in model.encoder.card().items() if k in Part.model_fields})
     new = empty_model(Part(name=model.name, config=config.to_dict()), "pruned", encoder)
+    if new.skips != kept.skips:
+        raise Conflict(f"{model.name} would have other long skips at depth {len(new.blocks)}", hint="a backbone without them")
     for place, (old, empty) in enumerate(zip(kept.blocks, new.blocks)):
         if _kind(old) != _kind(empty):
             number = sorted(set(keep))[place]

@@ -34,15 +34,14 @@ def network():
     return load_dit(G)
 
 
-def search(noise=True):
+def search():
     """The view with the file's gates, a run in which the file's noise is drawn, and the output."""
     method = TinyFusion(groups=G.config["groups"], scaling=G.config["scaling"])
     view = with_methods(network(), method)
     for g, theta in enumerate(method.gates):
         theta.data.copy_(G[f"w/gumbel_gates.{g}"][0])
     run = Run(view)
-    if noise:
-        method.sample(run, torch.cat([G[f"in/gumbel/{g}"] for g in GROUPS], 1), G.config["tau"])
+    method.sample(run, torch.cat([G[f"in/gumbel/{g}"] for g in GROUPS], 1), G.config["tau"])
     return view, method, run
 
 

@@ -102,7 +102,7 @@ class TinyFusion(Method):
         like = next(p for p in view.parameters() if p.is_floating_point())
         self.gates = nn.ParameterList(nn.Parameter(torch.full((comb(m, n),), self.config.init, device=like.device)) for n, m in groups)
         for g, (n, m) in enumerate(groups):
-            self.register_buffer(f"options_{g}", options(n, m).to(like.device), persistent=False)
+            self.register_buffer(f"options_{g}", options(n, m).to(like.device, copy=True), persistent=False)
 
     @property
     def num_options(self) -> int:
