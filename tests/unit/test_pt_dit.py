@@ -13,7 +13,8 @@ from torch import Tensor
 from ditkit.backbones.dit import draw_parameters
 from ditkit.backbones.pixart import PixArt
 from ditkit.backbones.pt_dit import PTDiT, PTDiTConfig, with_shifted
-from ditkit.bundle import BundleConfig, DataCard, Part, write_bundle
+from ditkit.bundle import BundleConfig, DataCard, EncoderPart, Part, write_bundle
+from ditkit.conditioning.encoders.bytes import ByteEncoder
 from ditkit.core.errors import ConfigError, DitkitError, WeightsError
 from ditkit.core.seams import Seam
 from ditkit.core.streams import Streams, grid_layout
@@ -26,6 +27,7 @@ from ditkit.interop.tables import Renamed, load_all
 from ditkit.nn.adaln_single import AdaLNSingleBlock
 from ditkit.nn.proxy import Proxies
 from ditkit.nn.windows import Windows
+from ditkit.pipeline import Pipeline
 from ditkit.testing.trajectory import relative
 
 #: by the released module list; the paper prints 144, 605, 1142 and 1795 million
@@ -308,3 +310,21 @@ def test_a_bundle_becomes_a_released_file_and_returns(tmp_path: Any) -> None:
     assert all(torch.equal(opened.tensors.read(k), v) for k, v in model.state_dict().items())
     with pytest.raises(DitkitError, match="diffusers has no PT-DiT"):
         convert(tmp_path / "a", tmp_path / "c", "diffusers")
+
+
+def test_a_prompt_becomes_a_picture() -> None:
+    """With the released process and a byte encoder: the network says x0 - eps, and prompts matter."""
+    model = drawn()
+    torch.manual_seed(1)
+    model.encoder = ByteEncoder(dim=6, depth=1, num_heads=2, max_length=8)
+    process, sampling = pt_dit.released_defaults("qihoo-t2x", model.config)
+    config = BundleConfig(
+        backbone=Part(name="pt_dit", config=model.config.to_dict()),
+        process=process,
+        encoder=EncoderPart(**model.encoder.card()),
+        data=DataCard(name="d", shape=(3, 8, 8), captions=("a", "b")),
+        sampling=sampling.model_copy(update={"num_inference_steps": 2}),
+    )
+    red, blue = (Pipeline(model, config)(prompt=prompt, progress=False).x for prompt in ("red", "blue"))
+    assert red.shape == (1, 3, 8, 8)
+    assert not torch.equal(red, blue)
