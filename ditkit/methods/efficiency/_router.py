@@ -198,7 +198,7 @@ class Router(FeatureCache):
 
     @classmethod
     def tiny(cls) -> list[Method]:
-        return [cls(num_inference_steps=6, threshold=0.5)]
+        return [cls(num_inference_steps=6, threshold=0.47)]
 
     @classmethod
     def off(cls) -> list[Method]:
