@@ -123,6 +123,8 @@ def order(methods: list[Method]) -> list[Method]:
 def check_conflicts(methods: list[Method], traits: frozenset[str], backbone: str, needs: frozenset[str] = frozenset()) -> None:
     """Refuse what cannot meet, with the reason. ``traits`` and ``needs`` are the backbone's."""
     for i, m in enumerate(methods):
+        if hasattr(nn.ModuleDict, m.label) or "." in m.label:
+            raise Conflict(f"a method's label is {m.label!r}", allowed="a word without a dot that no torch module uses itself")
         if lost := needs & m.breaks:
             raise Conflict(
                 f"{backbone} needs {', '.join(sorted(lost))}, which {m.label} takes away", hint="drop the method, or see its config"

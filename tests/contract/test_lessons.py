@@ -351,3 +351,12 @@ def test_active_selects_methods(dit: Backbone) -> None:
         assert torch.equal(view(x, t, run=Run(view, 1, active=()), **cond), dit(x, t, **cond))
     with pytest.raises(DitkitError, match="no method \\['nobody'\\]"):
         Run(view, 1, active={"nobody"})
+
+
+@pytest.mark.parametrize("label", ["clear", "keys", "a.b"])
+def test_a_label_that_a_module_could_not_hold_is_refused(label: str, dit: Backbone) -> None:
+    class Named(Method):
+        name = label
+
+    with pytest.raises(Conflict, match="label"):
+        with_methods(dit, Named())
