@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ditkit.interop.hints import System
+
 
 @dataclass(frozen=True)
 class Args:
@@ -24,7 +26,7 @@ class Args:
     """the layout to write"""
     vae: Path | None = None
     """folder of a diffusers VAE, for weights that come without one"""
-    system: Literal["dit", "sit", "pixart-alpha", "pixart-sigma"] | None = None
+    system: System | None = None
     """which of two a released file is: DiT and SiT look alike, and so do the two PixArts"""
     weights: Literal["ema", "model"] = "ema"
     """which weights of a training checkpoint"""

@@ -6,9 +6,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
+
+from ditkit.interop.hints import System
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Args:
     """a bundle, a diffusers folder, or a released file of DiT, SiT or PixArt (.pt, .pth, .safetensors)"""
     reference: Path | None = None
     """another copy, in any layout, that must hold the same numbers"""
-    system: Literal["dit", "sit", "pixart-alpha", "pixart-sigma"] | None = None
+    system: System | None = None
     """which of two a released file is: DiT and SiT look alike, and so do the two PixArts"""
     num_heads: int | None = None
     """of a released file of no published size"""
