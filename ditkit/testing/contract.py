@@ -65,6 +65,12 @@ def tiny(backbone: str) -> Backbone:
     return tinies(name)[variant]
 
 
+@lru_cache
+def of_base(backbone: str, scale: float = 1.0) -> Tensor:
+    """The end of the base's trajectory, computed once."""
+    return sample(tiny(backbone), scale=scale)
+
+
 VARIANTS = [f"{name}:{variant}" if variant else name for name in BACKBONES for variant in tinies(name)]
 
 
@@ -258,7 +264,7 @@ class TestOff:
             view = with_methods(tiny(backbone), cls.off()[case[1]])
         except Conflict as reason:
             pytest.skip(str(reason))
-        assert torch.equal(sample(view, scale=2.0), sample(tiny(backbone), scale=2.0))
+        assert torch.equal(sample(view, scale=2.0), of_base(backbone, scale=2.0))
 
 
 @pytest.mark.parametrize(
@@ -268,8 +274,7 @@ class TestOff:
 )
 class TestMethod:
     def test_it_acts_and_the_base_stays(self, backbone: str, case: tuple[str, int]) -> None:
-        base = tiny(backbone)
-        before = sample(base)
+        base, before = tiny(backbone), of_base(backbone)
         view = view_of(backbone, case)
         after = sample(view)
         assert after.isfinite().all()
@@ -287,13 +292,13 @@ class TestMethod:
         with torch.no_grad():
             *_, both = zip(steps(view, seed=0), steps(view, seed=1))
         assert all(torch.equal(a, b) for a, b in zip(alone, both))
-        threads_equal(view, alone)
+        if MATRIX or backbone in PAIR_BACKBONES:
+            threads_equal(view, alone)
 
     def test_nothing_leaks_between_requests(self, backbone: str, case: tuple[str, int]) -> None:
-        """Guided, unguided, guided again, after an exception at step 3: each equals a fresh one (A23)."""
+        """Guided, unguided, guided and ended by an exception at step 3, unguided, guided: each equals the first of its kind (A23)."""
         view = view_of(backbone, case)
         guided, plain = sample(view, scale=2.0), sample(view)
-        assert torch.equal(sample(view, scale=2.0), guided)
         trajectory = steps(view, scale=2.0)
         with torch.no_grad():
             for _ in range(3):
@@ -379,7 +384,7 @@ class TestPair:
             assert len(refusal) > 20
             assert time.perf_counter() - start < 1
             return
-        before = sample(base)
+        before = of_base(backbone)
         out = sample(draw(view))
         assert out.isfinite().all()
         assert torch.equal(sample(draw(with_methods(with_methods(base, make(b)), make(a)))), out), "the order of attaching matters"
