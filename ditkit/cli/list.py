@@ -1,4 +1,4 @@
-"""``ditkit list``: what there is, which paper, where the code is. Reads the registry; imports no torch."""
+"""``ditkit list``: what there is, which paper, where the code is. Reads the registry; imports no torch, but for the matrix."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ Kind = Literal["backbones", "methods", "encoders", "recipes", "bundles"]
 class Args:
     """List what ditkit has: names, papers and where the code is."""
 
-    kind: Annotated[Kind | None, tyro.conf.Positional] = None
-    """one kind, or everything"""
+    kind: Annotated[Kind | Literal["matrix"] | None, tyro.conf.Positional] = None
+    """one kind, or all; matrix: which method goes with which backbone, and which pairs of methods are refused"""
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the registry."""
     args = tyro.cli(Args, args=list(argv), prog="ditkit list")
+    if args.kind == "matrix":
+        sys.stdout.write(_matrix())
+        return 0
     kinds: list[Kind] = [args.kind] if args.kind else list(get_args(Kind))
     sections = []
     for kind in kinds:
@@ -47,6 +50,25 @@ def _rows(kind: Kind) -> list[tuple[str, str, str]]:
         return [(p.parent.name, "shipped with ditkit", f"ditkit sample {p.parent.name}") for p in sorted(BUNDLES.glob("*/config.json"))]
     found = registry.entries(kind)
     return [(name, entry.summary, entry.module) for name, entry in sorted(found.items())]
+
+
+def _matrix() -> str:
+    """Methods against backbones, then what is refused, with the reasons."""
+    from ditkit.testing.support import by_backbone, pairs
+
+    found = by_backbone()
+    names = sorted({b for row in found.values() for b in row})
+    width = max(map(len, found))
+    lines = [" " * width + "  " + "  ".join(names)]
+    lines += [
+        f"{m:<{width}}  " + "  ".join(("refused" if row[b] else "yes").ljust(len(b)) for b in names).rstrip() for m, row in found.items()
+    ]
+    refused = [f"{m} on {b}: {row[b]}" for m, row in found.items() for b in names if row[b]]
+    refused += [f"{a} with {b}: {reason}" for (a, b), reason in pairs().items() if reason]
+    return (
+        "\n".join([*lines, "", "refused, and why (pairs of methods: on dit; all others go together)", *(f"  {line}" for line in refused)])
+        + "\n"
+    )
 
 
 def _first_comment(path: Path) -> str:

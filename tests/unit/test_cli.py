@@ -202,3 +202,14 @@ def test_a_pickled_checkpoint_is_converted_then_sampled(capsys, tmp_path):
 
 def test_every_verb_says_what_it_does():
     assert all(text and not text.endswith(".") for text in VERBS.values())
+
+
+def test_the_matrix_says_what_goes_together_and_why_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "matrix"]) == 0
+    table, refused = capsys.readouterr().out.split("refused, and why")
+    rows = {line.split()[0]: line.split()[1:] for line in table.strip().splitlines()}
+    assert rows.keys() >= set(registry.entries("methods"))
+    backbones = table.split("\n", 1)[0].split()
+    assert rows["fora"] == ["yes"] * len(backbones)
+    assert "fora with taylorseer: fora and taylorseer both decide reuse" in refused
+    assert refused.count(" on ") >= sum(row.count("refused") for row in rows.values())
