@@ -96,9 +96,13 @@ def _setting(args: Args) -> Setting:
 
 def _judge(pipe: Pipeline, args: Args) -> Judge | None:
     """Real data to compare with: the bundle's own, where it can be had; without them quality is drift alone, and that is said."""
+    from ditkit.conditioning.inputs import takes_text
     from ditkit.eval.quality import Judge
 
     if not args.num_samples:
+        return None
+    if takes_text(pipe.model):
+        sys.stderr.write("no distances to real data: they are judged by class labels, and the model is told captions\n")
         return None
     try:
         return Judge(pipe.config.data.name)

@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ditkit.core.errors import DitkitError
+
 
 @dataclass(frozen=True)
 class Args:
@@ -50,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
     """Sample, measure, print."""
     args = tyro.cli(Args, args=list(argv), prog="ditkit eval")
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    from ditkit.conditioning.inputs import takes_text
     from ditkit.core.files import write_json
     from ditkit.eval.bench import plain
     from ditkit.eval.quality import Judge
@@ -62,6 +65,10 @@ def main(argv: Sequence[str]) -> int:
         spec = parse_spec(args.methods)
         pipe = pipe.with_methods(*spec.build())
         pipe = pipe.compile(spec.grain) if spec.grain else pipe
+    if takes_text(pipe.model):
+        raise DitkitError(
+            "the model is told captions", allowed="a model that is told class labels", hint="ditkit bench measures time, cost and drift"
+        )
     judge = Judge(args.data or pipe.config.data.name, args.extractors)
     judge.check_number(args.num_samples)
     labels = judge.labels(args.num_samples)

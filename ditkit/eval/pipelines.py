@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ditkit.conditioning.inputs import takes_text
 from ditkit.core.errors import DitkitError
 from ditkit.methods.specs import Spec
 from ditkit.output import Output
@@ -130,17 +131,18 @@ class _Work:
     def steps(self, v: Variant) -> int:
         return v.num_inference_steps or self.setting.num_inference_steps or v.pipe.config.sampling.num_inference_steps
 
-    def sample(self, pipe: Pipeline, steps: int, labels: Sequence[int], first: int = 0, progress: bool = False) -> Output:
-        """One call of a pipeline with the setting, for the pictures from number ``first`` on."""
+    def sample(self, pipe: Pipeline, steps: int, told: Sequence[Any], first: int = 0, progress: bool = False) -> Output:
+        """One call of a pipeline with the setting, for the pictures from number ``first`` on, of these labels or captions."""
         s = self.setting
+        what: dict[str, Any] = {"prompt" if takes_text(pipe.model) else "class_labels": list(told)}
         options: dict[str, Any] = {"guidance_scale": s.guidance_scale, "solver": s.solver, "batch_size": s.num_images}
-        return pipe(list(labels), num_inference_steps=steps, seed=s.seed + first, progress=progress, **options)
+        return pipe(**what, num_inference_steps=steps, seed=s.seed + first, progress=progress, **options)
 
     def add(self, v: Variant, place: int | None = None) -> None:
         """Make its samples, judge them, count its cost."""
         steps = self.steps(v)
         self.samples[v.name] = made = self._samples(v, steps)
-        timed = self._labels(self.setting.num_images).tolist()
+        timed = self._told(v.pipe, self.setting.num_images)
         reference = self.samples[(self.order or [v])[0].name].x
         self.order.insert(len(self.order) if place is None else place, v)
         self.candidates[v.name] = Candidate(
@@ -190,22 +192,27 @@ class _Work:
     def _note(self, name: str, text: str) -> None:
         self.candidates[name] = replace(self.candidates[name], notes=(*self.candidates[name].notes, text))
 
-    def _labels(self, num: int) -> Tensor:
+    def _told(self, pipe: Pipeline, num: int) -> list[Any]:
+        """What the pictures are asked to show: the judge's labels, some captions of the test data in turn, or all classes in turn."""
         if self.judge is not None:
-            return self.judge.labels(num)
-        classes = self.order[0].pipe.model.config.num_classes if self.order else 1
-        return torch.arange(num) % classes
+            return self.judge.labels(num).tolist()
+        if takes_text(pipe.model):
+            captions = pipe.config.data.captions
+            if not captions:
+                raise DitkitError("the bundle names no captions to sample", hint="config.json, data.captions")
+            return [captions[k % len(captions)] for k in range(num)]
+        return [k % pipe.model.config.num_classes for k in range(num)]
 
     def _samples(self, v: Variant, steps: int) -> Samples:
         """All in whole batches, so that a compiled network sees one shape; what is too many is dropped."""
         num, batch = self.setting.num_samples, self.setting.num_images
-        labels = self._labels(math.ceil(num / batch) * batch).tolist()
+        told = self._told(v.pipe, math.ceil(num / batch) * batch)
         if self.progress:
             tqdm.write(f"samples of {v.name}: {num}, {steps} steps", file=sys.stderr)
         start = time.perf_counter()
-        out = self.sample(v.pipe, steps, labels[:batch])
+        out = self.sample(v.pipe, steps, told[:batch])
         cold = time.perf_counter() - start
-        rest = [self.sample(v.pipe, steps, labels[batch:], batch, self.progress).x] if len(labels) > batch else []
+        rest = [self.sample(v.pipe, steps, told[batch:], batch, self.progress).x] if len(told) > batch else []
         return Samples(torch.cat([out.x, *rest])[:num], cold, out.report["methods"])
 
     def _quality(self, x: Tensor) -> Quality | None:

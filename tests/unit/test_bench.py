@@ -292,6 +292,15 @@ def test_fake_quantisation_says_so_in_its_row() -> None:
     assert "fake quantisation" in table(result)
 
 
+@pytest.mark.usefixtures("known_roof")
+def test_without_a_judge_all_rows_show_the_same_classes() -> None:
+    base = pipeline(2)
+    setting = Setting(num_images=3, num_samples=3, repeats=1, warmups=0)
+    _, samples = compare_pipelines(variants({"base": base, "again": base}), setting, progress=False)
+    assert torch.equal(samples["base"].x, samples["again"].x)
+    assert torch.equal(samples["base"].x, base([0, 1, 2], seed=0, progress=False).x)
+
+
 def test_a_cache_that_never_hit_is_a_warning() -> None:
     """Case A22: the report line."""
     assert notes_of({"cache": {"hits": 8, "steps": 10}}) == ("cache: hits 8, steps 10",)

@@ -21,8 +21,10 @@ from ditkit.conditioning.encoders.bytes import ByteEncoder
 from ditkit.core.backbone import Backbone
 from ditkit.core.errors import ConfigError, DitkitError
 from ditkit.core.view import projections
+from ditkit.eval.pipelines import Setting, compare_pipelines, variants
 from ditkit.loading import empty_model
 from ditkit.methods.efficiency.fora import FORA
+from ditkit.methods.specs import parse_spec
 from ditkit.output import read_record
 from ditkit.pipeline import Pipeline
 
@@ -223,6 +225,16 @@ def test_methods_see_prompts_as_any_conditioning(pipe: Pipeline) -> None:
 
 
 # what the caller may and may not say
+
+
+def test_a_benchmark_asks_for_captions_and_compares_the_same_ones() -> None:
+    captioned = pipeline("pixart")
+    todo = variants({"base": captioned}, [parse_spec("fora:interval=2"), parse_spec("lora")])
+    setting = Setting(num_images=3, num_samples=3, num_inference_steps=3, repeats=1, warmups=0)
+    result, samples = compare_pipelines(todo, setting, progress=False)
+    assert torch.equal(samples["base"].x, samples["lora"].x)
+    assert torch.allclose(samples["base"].x[:1], x_of(captioned, "a red circle", num_inference_steps=3, seed=0), atol=1e-5)
+    assert {r.name for r in result.rows} >= {"base", "fora:interval=2"}
 
 
 def test_a_bundle_holds_its_encoder(pipe: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
