@@ -107,8 +107,10 @@ class BenchResult:
 
     @property
     def busy(self) -> bool:
-        """Other jobs disturbed the run: before or after it they kept more than half a core busy (less may be this process's own threads, which wait a moment for
-        more work)."""
+        """Other jobs disturbed the run: before or after it they kept more than half a core busy.
+
+        (Less may be threads of this process, which wait a moment for more work.)
+        """
         return any(u is not None and u > 0.5 for u in (self.others_before, self.others_after))
 
     def to_dict(self) -> dict[str, Any]:
