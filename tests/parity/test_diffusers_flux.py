@@ -3,13 +3,14 @@
 import pytest
 import torch
 from golden import relative
+from layouts import CHANGES, config_of, damaged, source
 
 from ditkit.backbones.dit import draw_parameters
 from ditkit.backbones.flux import Flux
 from ditkit.core.errors import DitkitError, WeightsError
 from ditkit.interop import flux
 from ditkit.interop.hints import Hints
-from ditkit.interop.tables import Renamed, load_all
+from ditkit.interop.tables import load_all
 from ditkit.interop.verify import quiet_imports
 from ditkit.nn.patches import patchify, unpatchify
 
@@ -40,20 +41,10 @@ def theirs(shape):
     return draw_parameters(FluxTransformer2DModel(**shape)).eval()
 
 
-def config_of(model):
-    return flux.config_from_diffusers({k: v for k, v in model.config.items() if not k.startswith("_")})
-
-
-def source(weights, table, config):
-    with torch.device("meta"):
-        ours = {name: tuple(value.shape) for name, value in Flux(config).state_dict().items()}
-    return Renamed("weights", {k: tuple(v.shape) for k, v in weights.items()}, weights.__getitem__, table, ours)
-
-
 def ours_from(model):
-    config = config_of(model)
+    config = config_of(flux, model)
     made = Flux(config).eval()
-    made.load_state_dict(load_all(source(model.state_dict(), flux.diffusers_table(config), config)))
+    made.load_state_dict(load_all(source(Flux, model.state_dict(), flux.diffusers_table(config), config)))
     return made
 
 
@@ -113,7 +104,7 @@ def test_round_trips_are_bit_exact(pair):
     official, diffusers = flux.official_table(config), flux.diffusers_table(config)
     released = official.export(ours.state_dict())
     assert flux.is_official(released)
-    again = diffusers.export(load_all(source(released, official, config)))
+    again = diffusers.export(load_all(source(Flux, released, official, config)))
     assert again.keys() == weights.keys()
     assert all(torch.equal(again[k], v) for k, v in weights.items())
 
@@ -131,19 +122,13 @@ def test_configurations_come_back(pair):
     assert guessed.model_copy(update={"rope_widths": config.rope_widths}) == config
 
 
-@pytest.mark.parametrize("change", ["missing", "extra", "misshapen"])
+@pytest.mark.parametrize("change", CHANGES)
 def test_tables_are_strict(change):
     model = theirs(SHAPES["dev"])
-    weights, config = model.state_dict(), config_of(model)
-    name = "single_transformer_blocks.1.proj_mlp.weight"
-    if change == "missing":
-        del weights[name]
-    elif change == "extra":
-        weights[name + "_2"] = weights[name]
-    else:
-        weights[name] = weights[name][:-1]
+    config, name = config_of(flux, model), "single_transformer_blocks.1.proj_mlp.weight"
+    weights = damaged(model.state_dict(), name, change)
     with pytest.raises(WeightsError, match=name):
-        source(weights, flux.diffusers_table(config), config)
+        source(Flux, weights, flux.diffusers_table(config), config)
 
 
 def test_other_configurations_are_refused():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from golden import relative
+from layouts import CHANGES, config_of, damaged, source
 
 from ditkit.backbones.dit import draw_parameters
 from ditkit.backbones.hunyuan import Hunyuan
@@ -10,7 +11,7 @@ from ditkit.core.errors import DitkitError, WeightsError
 from ditkit.interop import hunyuan
 from ditkit.interop.convert import convert, open_any
 from ditkit.interop.hints import Hints
-from ditkit.interop.tables import Renamed, load_all
+from ditkit.interop.tables import load_all
 from ditkit.interop.verify import quiet_imports, verify
 
 with quiet_imports():
@@ -54,20 +55,10 @@ def theirs(name):
     return draw_parameters(HunyuanDiT2DModel(**SHAPES[name])).eval()
 
 
-def config_of(model):
-    return hunyuan.config_from_diffusers({k: v for k, v in model.config.items() if not k.startswith("_")})
-
-
-def source(weights, table, config):
-    with torch.device("meta"):
-        ours = {name: tuple(value.shape) for name, value in Hunyuan(config).state_dict().items()}
-    return Renamed("weights", {k: tuple(v.shape) for k, v in weights.items()}, weights.__getitem__, table, ours)
-
-
 def ours_from(model):
-    config = config_of(model)
+    config = config_of(hunyuan, model)
     made = Hunyuan(config).eval()
-    made.load_state_dict(load_all(source(model.state_dict(), hunyuan.diffusers_table(config), config)))
+    made.load_state_dict(load_all(source(Hunyuan, model.state_dict(), hunyuan.diffusers_table(config), config)))
     return made
 
 
@@ -105,7 +96,7 @@ def test_output(pair):
 def test_output_in_bf16(pair):
     live, ours = pair
     live, ours = theirs_in_bf16(live), Hunyuan(ours.config).to(torch.bfloat16).eval()
-    ours.load_state_dict(load_all(source(live.state_dict(), hunyuan.diffusers_table(ours.config), ours.config)))
+    ours.load_state_dict(load_all(source(Hunyuan, live.state_dict(), hunyuan.diffusers_table(ours.config), ours.config)))
     assert relative(*both(live, ours, 6, 4, torch.bfloat16)) <= 2e-2
 
 
@@ -121,7 +112,7 @@ def test_round_trips_are_bit_exact(pair):
     config, weights = ours.config, live.state_dict()
     official, diffusers = hunyuan.official_table(config), hunyuan.diffusers_table(config)
     released = official.export(ours.state_dict())
-    again = diffusers.export(load_all(source(released, official, config)))
+    again = diffusers.export(load_all(source(Hunyuan, released, official, config)))
     assert again.keys() == weights.keys()
     assert all(torch.equal(again[k], v) for k, v in weights.items())
     assert hunyuan.is_official(released)
@@ -143,19 +134,13 @@ def test_configurations_come_back(pair):
     assert found.model_copy(update={"mlp_ratio": config.mlp_ratio}) == config
 
 
-@pytest.mark.parametrize("change", ["missing", "extra", "misshapen"])
+@pytest.mark.parametrize("change", CHANGES)
 def test_tables_are_strict(change):
     model = theirs("1.2")
-    weights, config = model.state_dict(), config_of(model)
-    name = "blocks.3.skip_linear.weight"
-    if change == "missing":
-        del weights[name]
-    elif change == "extra":
-        weights[name + "_2"] = weights[name]
-    else:
-        weights[name] = weights[name][:-1]
+    config, name = config_of(hunyuan, model), "blocks.3.skip_linear.weight"
+    weights = damaged(model.state_dict(), name, change)
     with pytest.raises(WeightsError, match=name):
-        source(weights, hunyuan.diffusers_table(config), config)
+        source(Hunyuan, weights, hunyuan.diffusers_table(config), config)
 
 
 def test_other_configurations_are_refused():

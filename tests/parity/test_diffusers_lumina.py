@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from golden import relative
+from layouts import CHANGES, config_of, damaged, source
 from safetensors.torch import load_file, save_file
 
 from ditkit.backbones.dit import draw_parameters
@@ -18,7 +19,7 @@ from ditkit.interop import lumina
 from ditkit.interop.convert import convert, open_any
 from ditkit.interop.hints import Hints
 from ditkit.interop.lora import load_lora
-from ditkit.interop.tables import Renamed, load_all
+from ditkit.interop.tables import load_all
 from ditkit.interop.verify import quiet_imports, verify
 from ditkit.loading import load_model
 from ditkit.pipeline import Pipeline
@@ -51,22 +52,12 @@ def theirs(**shape):
     return model.eval()
 
 
-def config_of(model):
-    return lumina.config_from_diffusers({k: v for k, v in model.config.items() if not k.startswith("_")})
-
-
-def source(weights, table, config):
-    with torch.device("meta"):
-        ours = {name: tuple(value.shape) for name, value in Lumina(config).state_dict().items()}
-    return Renamed("weights", {k: tuple(v.shape) for k, v in weights.items()}, weights.__getitem__, table, ours)
-
-
 @pytest.fixture(params=SHAPES.values(), ids=SHAPES)
 def pair(request):
     model = theirs(**request.param)
-    config = config_of(model)
+    config = config_of(lumina, model)
     made = Lumina(config).eval()
-    made.load_state_dict(load_all(source(model.state_dict(), lumina.diffusers_table(config), config)))
+    made.load_state_dict(load_all(source(Lumina, model.state_dict(), lumina.diffusers_table(config), config)))
     return model, made
 
 
@@ -124,7 +115,7 @@ def test_round_trips_are_bit_exact(pair):
     official = lumina.official_table(config)
     released = official.export(ours.state_dict())
     assert lumina.is_official(released)
-    again = lumina.diffusers_table(config).export(load_all(source(released, official, config)))
+    again = lumina.diffusers_table(config).export(load_all(source(Lumina, released, official, config)))
     assert again.keys() == weights.keys()
     assert all(torch.equal(again[k], v) for k, v in weights.items())
     values = lumina.config_to_diffusers(config)
@@ -161,21 +152,13 @@ def test_diffusers_stores_queries_twice():
     assert (len(stored), sum(math.prod(s) for _, s in stored)) == (639, 1_754_898_976)
 
 
-@pytest.mark.parametrize("change", ["missing", "extra", "misshapen", "differing"])
+@pytest.mark.parametrize("change", [*CHANGES, "differing"])
 def test_tables_are_strict(change):
     model = theirs(**SMALL)
-    weights, config = model.state_dict(), config_of(model)
-    name = "layers.1.attn2.to_q.weight"
-    if change == "missing":
-        del weights[name]
-    elif change == "extra":
-        weights[name + "_2"] = weights[name]
-    elif change == "misshapen":
-        weights[name] = weights[name][:-1]
-    else:
-        weights[name] = weights[name] + 1
+    config, name = config_of(lumina, model), "layers.1.attn2.to_q.weight"
+    weights = damaged(model.state_dict(), name, change)
     with pytest.raises(WeightsError, match=name):
-        load_all(source(weights, lumina.diffusers_table(config), config))
+        load_all(source(Lumina, weights, lumina.diffusers_table(config), config))
 
 
 def test_scaled_positions_come_back(pair):
@@ -281,6 +264,6 @@ def test_a_lora_of_diffusers(made, tmp_path):
         save_file({f"transformer.{module}.lora_A.weight": a, f"transformer.{module}.lora_B.weight": b}, tmp_path / "l.safetensors")
         changed = {**weights, f"{module}.weight": weights[f"{module}.weight"] + b @ a}
         want = Lumina(base.config).eval()
-        want.load_state_dict(load_all(source(changed, lumina.diffusers_table(base.config), base.config)))
+        want.load_state_dict(load_all(source(Lumina, changed, lumina.diffusers_table(base.config), base.config)))
         got = with_methods(base, load_lora(tmp_path / "l.safetensors", base).lora)
         assert relative(got(x, t, **cond), want(x, t, **cond)) <= 1e-5

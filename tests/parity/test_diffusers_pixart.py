@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from golden import relative
+from layouts import CHANGES, config_of, damaged, source
 from safetensors.torch import load_file, save_file
 
 from ditkit.backbones.dit import draw_parameters
@@ -17,7 +18,7 @@ from ditkit.interop.convert import convert
 from ditkit.interop.hints import Hints
 from ditkit.interop.lora import layouts
 from ditkit.interop.released import open_released
-from ditkit.interop.tables import Renamed, load_all
+from ditkit.interop.tables import load_all
 from ditkit.interop.verify import quiet_imports, verify
 from ditkit.loading import shapes_of
 from ditkit.pipeline import Pipeline
@@ -41,20 +42,10 @@ def theirs(name):
     return draw_parameters(PixArtTransformer2DModel(cross_attention_dim=dim, **shape)).eval()
 
 
-def config_of(model):
-    return pixart.config_from_diffusers({k: v for k, v in model.config.items() if not k.startswith("_")})
-
-
-def source(weights, table, config):
-    with torch.device("meta"):
-        ours = {name: tuple(value.shape) for name, value in PixArt(config).state_dict().items()}
-    return Renamed("weights", {k: tuple(v.shape) for k, v in weights.items()}, weights.__getitem__, table, ours)
-
-
 def ours_from(model):
-    config = config_of(model)
+    config = config_of(pixart, model)
     made = PixArt(config).eval()
-    made.load_state_dict(load_all(source(model.state_dict(), pixart.diffusers_table(config), config)))
+    made.load_state_dict(load_all(source(PixArt, model.state_dict(), pixart.diffusers_table(config), config)))
     return made
 
 
@@ -117,24 +108,18 @@ def test_released_to_diffusers_to_released_is_bit_exact_but_for_the_null_caption
     assert first["y_embedder.y_embedding"].shape == (6, 10)
     without = ours.config.model_copy(update={"null_caption": False})
     middle = diffusers.export(ours.state_dict())
-    again = pixart.official_table(without).export(load_all(source(middle, pixart.diffusers_table(without), without)))
+    again = pixart.official_table(without).export(load_all(source(PixArt, middle, pixart.diffusers_table(without), without)))
     assert first.keys() - again.keys() == {"y_embedder.y_embedding"}
     assert all(torch.equal(again[k], first[k]) for k in again)
 
 
-@pytest.mark.parametrize("change", ["missing", "extra", "misshapen"])
+@pytest.mark.parametrize("change", CHANGES)
 def test_tables_are_strict(change):
     model = theirs("alpha")
-    weights, config = model.state_dict(), config_of(model)
-    name = "transformer_blocks.1.attn2.to_v.bias"
-    if change == "missing":
-        del weights[name]
-    elif change == "extra":
-        weights[name + "_2"] = weights[name]
-    else:
-        weights[name] = weights[name][:-1]
+    config, name = config_of(pixart, model), "transformer_blocks.1.attn2.to_v.bias"
+    weights = damaged(model.state_dict(), name, change)
     with pytest.raises(WeightsError, match=name):
-        source(weights, pixart.diffusers_table(config), config)
+        source(PixArt, weights, pixart.diffusers_table(config), config)
 
 
 def test_the_position_table_may_be_absent_but_not_another():
@@ -144,9 +129,9 @@ def test_the_position_table_may_be_absent_but_not_another():
     weights = table.export(ours.state_dict())
     other = {**weights, "pos_embed": weights["pos_embed"].flip(1)}
     with pytest.raises(WeightsError, match="pos_embed"):
-        source(other, table, ours.config)
+        source(PixArt, other, table, ours.config)
     del weights["pos_embed"]
-    got = load_all(source(weights, table, ours.config))
+    got = load_all(source(PixArt, weights, table, ours.config))
     assert all(torch.equal(got[k], v) for k, v in ours.state_dict().items())
 
 

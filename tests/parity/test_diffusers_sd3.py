@@ -3,13 +3,14 @@
 import pytest
 import torch
 from golden import relative
+from layouts import CHANGES, config_of, damaged, source
 
 from ditkit.backbones.dit import draw_parameters
 from ditkit.backbones.mmdit import MMDiT
 from ditkit.core.errors import DitkitError, WeightsError
 from ditkit.interop import mmdit
 from ditkit.interop.hints import Hints
-from ditkit.interop.tables import Renamed, load_all
+from ditkit.interop.tables import load_all
 from ditkit.interop.verify import quiet_imports
 
 with quiet_imports():
@@ -39,20 +40,10 @@ def theirs(shape):
     return draw_parameters(SD3Transformer2DModel(**shape)).eval()
 
 
-def config_of(model):
-    return mmdit.config_from_diffusers({k: v for k, v in model.config.items() if not k.startswith("_")})
-
-
-def source(weights, table, config):
-    with torch.device("meta"):
-        ours = {name: tuple(value.shape) for name, value in MMDiT(config).state_dict().items()}
-    return Renamed("weights", {k: tuple(v.shape) for k, v in weights.items()}, weights.__getitem__, table, ours)
-
-
 def ours_from(model):
-    config = config_of(model)
+    config = config_of(mmdit, model)
     made = MMDiT(config).eval()
-    made.load_state_dict(load_all(source(model.state_dict(), mmdit.diffusers_table(config), config)))
+    made.load_state_dict(load_all(source(MMDiT, model.state_dict(), mmdit.diffusers_table(config), config)))
     return made
 
 
@@ -98,7 +89,7 @@ def test_round_trips_are_bit_exact(pair):
     config, weights = ours.config, live.state_dict()
     official, diffusers = mmdit.official_table(config), mmdit.diffusers_table(config)
     released = official.export(ours.state_dict())
-    again = diffusers.export(load_all(source(released, official, config)))
+    again = diffusers.export(load_all(source(MMDiT, released, official, config)))
     assert again.keys() == weights.keys()
     assert all(torch.equal(again[k], v) for k, v in weights.items())
     assert mmdit.is_official(released)
@@ -114,19 +105,13 @@ def test_configurations_come_back(pair):
     assert mmdit.config_from_official(shapes, hints) == config
 
 
-@pytest.mark.parametrize("change", ["missing", "extra", "misshapen"])
+@pytest.mark.parametrize("change", CHANGES)
 def test_tables_are_strict(change):
     model = theirs(SHAPES["SD3.5-medium"])
-    weights, config = model.state_dict(), config_of(model)
-    name = "transformer_blocks.2.attn.norm_added_q.weight"
-    if change == "missing":
-        del weights[name]
-    elif change == "extra":
-        weights[name + "_2"] = weights[name]
-    else:
-        weights[name] = weights[name][:-1]
+    config, name = config_of(mmdit, model), "transformer_blocks.2.attn.norm_added_q.weight"
+    weights = damaged(model.state_dict(), name, change)
     with pytest.raises(WeightsError, match=name):
-        source(weights, mmdit.diffusers_table(config), config)
+        source(MMDiT, weights, mmdit.diffusers_table(config), config)
 
 
 def test_other_configurations_are_refused():
