@@ -29,6 +29,23 @@ def tinies() -> dict[str, DiT]:
     return DiT.tinies()  # type: ignore[return-value]
 
 
+@torch.no_grad()
+def test_blocks_know_no_order_but_that_of_the_position_code(tinies: dict[str, DiT]) -> None:
+    """Tokens that change places together with their codes come out in their new places."""
+    model = tinies[""]
+    x, t, cond = model.example()
+    img = model.embed(x, t, model.prepare(**cond))["img"]
+    order = torch.randperm(img.x.shape[1], generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for tokens in (img.x, img.x[:, order]):
+        s: Streams = {"img": img._replace(x=tokens)}
+        for block in model.blocks:
+            s = block(s, Seam())
+        outputs.append(s["img"].x)
+    assert relative(outputs[1], outputs[0][:, order]) < 1e-6
+    assert relative(outputs[1], outputs[0]) > 0.1
+
+
 @pytest.mark.parametrize("values", [{"conditioning": name} for name in OTHERS] + [{"positions": "rope"}], ids=str)
 def test_a_few_steps_of_training_lower_the_loss(values: dict[str, str]) -> None:
     """One picture for each class, of one value: what the classes' tokens or modulation must tell apart."""
