@@ -61,7 +61,8 @@ class Family(Protocol):
     def live_inputs(self, config: Any, batch: int, normal: Normal) -> tuple[dict[str, Any], dict[str, Any]]: ...
 
     # Of some families: ``FLOW_TIME``, what a flow tells the network (then rectified flow is what was released); ``LIVE_TIMES`` and
-    # ``live_call(theirs, x, t, call)``, network times at which to compare, and a call that takes more than x and time to arrange.
+    # ``live_call(theirs, x, t, call)``, network times at which to compare, and a call that takes more than x and time to arrange;
+    # ``text_encoder(folder, config) -> Part``, the encoder of prompts that a pipeline's folder holds in ``text_encoder/`` and its like.
 
 
 def family(backbone: str) -> Family:

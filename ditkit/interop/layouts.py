@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ditkit.bundle import BundleConfig, DataCard, Opened, Part
+from ditkit.bundle import BundleConfig, DataCard, EncoderPart, Opened, Part
 from ditkit.core.config import Config, read_data
 from ditkit.core.errors import ConfigError, DitkitError, WeightsError, nearest
 from ditkit.core.files import MANIFEST, TensorFile, check_names, folder_hash, verify_manifest
@@ -59,6 +59,7 @@ def open_diffusers(folder: Path, as_released: bool = False, pickled: bool = Fals
         backbone=part,
         process=process,
         codec=codec,
+        encoder=_encoder(folder, tables, cfg),
         data=DataCard(name=folder.name, shape=shape, labels=labels if len(labels) == getattr(cfg, "num_classes", 0) else ()),
         sampling=sampling,
     )
@@ -82,6 +83,14 @@ def _process(path: Path, tables: Any, cfg: Any) -> tuple[Part, Any]:
         return read_scheduler(path, learned=cfg.out_channels == 2 * cfg.in_channels)
     process, sampling = tables.released_defaults(tables.SYSTEMS[0], cfg)
     return read_flow_scheduler(path, process, sampling) if path.is_file() else (process, sampling)
+
+
+def _encoder(folder: Path, tables: Any, cfg: Any) -> EncoderPart | None:
+    """The text encoders beside the transformer, as the family's pipeline asks them; None where the folder has none."""
+    if not hasattr(tables, "text_encoder") or not (folder / "text_encoder" / "config.json").is_file():
+        return None
+    part: Part = tables.text_encoder(folder, cfg)
+    return EncoderPart(name=part.name, config=part.config)
 
 
 class _WeightIndex(Config):
