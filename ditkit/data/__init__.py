@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
-EMBEDDED: dict[str, str] = {"digits": "digits", "scenes": "scenes"}  # name -> module
+EMBEDDED: dict[str, str] = {"digits": "digits", "scenes": "scenes", "emoji": "emoji"}  # name -> module
 
 
 class NoSplit(DitkitError):
