@@ -49,9 +49,12 @@ class DataCard(Config):
     """What the model was trained on."""
 
     name: str = Field(description="name or path of the data set")
+    config: dict[str, Any] = Field({}, description="options it was loaded with; what is absent has its default")
     shape: tuple[int, ...] = Field(min_length=1, description="shape of one sample, channels first")
     labels: tuple[str, ...] = Field((), description="class names in the order of their numbers")
     captions: tuple[str, ...] = Field((), description="some captions of its test split, where the model is told captions")
+    licence: str = Field("", description="of the data, where what is made from them must name it")
+    credit: str = Field("", description="whom the data's licence asks to name")
 
 
 class Sampling(Config):

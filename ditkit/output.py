@@ -89,6 +89,8 @@ def save_png(path: str | Path, image: Image.Image, record: dict[str, Any]) -> No
     """A PNG with the record in its metadata, written atomically."""
     info = PngImagePlugin.PngInfo()
     info.add_text(KEY, json.dumps(record, allow_nan=False))
+    if record.get("licence"):
+        info.add_text("Copyright", f"{record.get('credit', '')}, {record['licence']}".lstrip(", "))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         image.save(file, "PNG", pnginfo=info)

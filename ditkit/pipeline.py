@@ -339,6 +339,7 @@ class Pipeline:
             "dtype": self._dtype(),
             "device": self.device.type,
             "versions": {"ditkit": ditkit.__version__, "torch": torch.__version__},
+            **({"licence": card.licence, "credit": card.credit} if (card := self.config.data).licence else {}),
         }
 
     def _dtype(self) -> str:

@@ -29,7 +29,8 @@ class Dataset(Protocol):
 
     A set whose samples change from step to step (mirrored pictures, draws of a posterior) also has
     ``augmented(indices, *, seed, step)``, which training then calls in place of ``batch``; one that has captions,
-    ``captions(indices) -> list[str]``.
+    ``captions(indices) -> list[str]``; one whose licence what is made from it must name, ``licence`` and ``credit``, which land in the
+    bundle of a model that is trained on it and in the pictures that the model makes.
     """
 
     @property

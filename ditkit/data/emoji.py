@@ -28,7 +28,6 @@ from tqdm import tqdm
 from ditkit.core.cache import cache_dir
 from ditkit.core.config import Config
 from ditkit.core.errors import DitkitError
-from ditkit.core.files import atomic_file
 from ditkit.core.lazy import require
 
 from .emoji_edits import EditingPair, editing_pairs
@@ -186,6 +185,8 @@ def _kept(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 
 def _keep(path: Path, pictures: np.ndarray) -> None:
     """A cache folder that cannot be written costs drawing again, no more."""
+    from ditkit.core.files import atomic_file  # brings torch
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:

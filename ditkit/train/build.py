@@ -163,7 +163,14 @@ def card_of(recipe: Recipe, model: Backbone, process: Process, train: Dataset, c
         backbone=Part(name=model.name, config=model.config.to_dict()),
         process=Part(name=process.name, config=process.config.to_dict()),
         codec=Part(name="identity" if codec is None else codec.name),
-        data=DataCard(name=recipe.data.name, shape=tuple(shape), labels=tuple(train.labels)),
+        data=DataCard(
+            name=recipe.data.name,
+            config=recipe.data.config,
+            shape=tuple(shape),
+            labels=tuple(train.labels),
+            licence=getattr(train, "licence", ""),
+            credit=getattr(train, "credit", ""),
+        ),
         sampling=recipe.sampling,
         methods=attached,
     )
