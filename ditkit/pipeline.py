@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import ditkit
 from ditkit.bundle import BundleConfig, MethodPart, Opened, Validity, find_bundle, open_bundle, write_bundle
+from ditkit.callback import StepCallback, StepEnd, Steps
 from ditkit.codecs import codec_from, load_codec
 from ditkit.codecs.base import Codec
 from ditkit.conditioning import LongPrompts, Text, TextEncoder, takes_text
@@ -176,6 +177,7 @@ class Pipeline:
         width: int | None = None,
         batch_size: int | None = None,
         progress: bool = True,
+        callback_on_step_end: StepCallback | None = None,
     ) -> Output:
         """Make pictures. What is not given is the bundle's default.
 
@@ -194,6 +196,8 @@ class Pipeline:
             guidance: settings, or a preset: "none" (conditional), "all" channels, "first-three" (released DiT and SiT).
             height, width: of the pictures; by default those of the training data.
             batch_size: pictures at a time; by default at most 64.
+            callback_on_step_end: called with a ``StepEnd`` (step, t, x, predicted x0) after each solver step of each batch. It
+                changes nothing; what it raises ends the call and reaches the caller. Its time counts in ``report["seconds"]``.
 
         Raises:
             DitkitError: a value out of range, by name; or the step and the module at which a number was not finite.
@@ -221,16 +225,16 @@ class Pipeline:
         )
         for label, valid in self.valid_for.items():
             valid.check_run(label, request.solver, request.num_inference_steps)
-        return self._answer(request, progress)
+        return self._answer(request, progress, callback_on_step_end)
 
-    def _answer(self, request: Request, progress: bool) -> Output:
+    def _answer(self, request: Request, progress: bool, callback: StepCallback | None) -> Output:
         start = time.perf_counter()
         steps, count = request.num_inference_steps, len(list(request.batches()))
         parts: list[Tensor] = []
         report: dict[str, Any] = {}
         with tqdm(total=steps * count, unit="step", disable=not progress, delay=1, leave=False) as bar:
             for batch in request.batches():
-                x, report = self._guarded(request, batch, bar)
+                x, report = self._guarded(request, batch, bar, callback)
                 parts.append(self._decode(x))
                 bar.update(len(parts) * steps - bar.n)  # an adaptive solver may need fewer
         x = torch.cat(parts)
@@ -280,10 +284,10 @@ class Pipeline:
             log.warning("the model was trained on %s x %s; it is asked for %s x %s", *trained, height, width)
         return (height, width), self.codec.latent_shape((self.codec.in_channels, height, width))
 
-    def _guarded(self, request: Request, batch: slice, bar: Any) -> tuple[Tensor, dict[str, Any]]:
+    def _guarded(self, request: Request, batch: slice, bar: Any, callback: StepCallback | None) -> tuple[Tensor, dict[str, Any]]:
         """One batch; where a number is not finite, the batch is run again to find the module, and DitkitError names it."""
         try:
-            return self._sample(self.model, request, batch, bar)
+            return self._sample(self.model, request, batch, bar, callback)
         except NotFinite as error:
             step = error.step
         module = find_module(self.eager, lambda: self._sample(self.eager, request, batch))
@@ -292,7 +296,9 @@ class Pipeline:
             hint="check the weights and the settings of methods; in fp16 or bf16, try dtype='float32'",
         )
 
-    def _sample(self, model: Backbone, request: Request, batch: slice, bar: Any = None) -> tuple[Tensor, dict[str, Any]]:
+    def _sample(
+        self, model: Backbone, request: Request, batch: slice, bar: Any = None, callback: StepCallback | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
         """Latents of one batch, and the methods' reports."""
         if model is not self.eager:
             self._allow_graphs(request.num_inference_steps)
@@ -309,9 +315,12 @@ class Pipeline:
                 bar.update(before + run.step + 1 - bar.n)
             return output
 
+        asked = denoise if callback is None else Steps(callback, denoise, self.process, run, batch.start)
         x = self.process.start(noise.normal(seeds, 0, "start", request.latent).to(self.device))
-        x = SOLVERS[request.solver](denoise, x, self.process, run, noise.source(seeds, x), **request.options)
+        x = SOLVERS[request.solver](asked, x, self.process, run, noise.source(seeds, x), **request.options)
         watch.end()
+        if isinstance(asked, Steps):
+            asked.end()
         return x, run.finish()
 
     def _decode(self, latents: Tensor) -> Tensor:
@@ -397,4 +406,4 @@ def _check_channels(model: Backbone, process: Process, codec: Codec, config: Bun
             raise ConfigError(f"{name} is {value}", allowed=f"{fits}, with codec {codec.name} and process {process.name}")
 
 
-__all__ = ["Output", "Pipeline", "from_pretrained"]
+__all__ = ["Output", "Pipeline", "StepEnd", "from_pretrained"]
