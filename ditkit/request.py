@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ditkit.bundle import Sampling
+from ditkit.bundle import BundleConfig, Sampling
+from ditkit.codecs.base import Codec
+from ditkit.conditioning.inputs import takes_text, wants
 from ditkit.core.backbone import Backbone
-from ditkit.core.errors import DitkitError, nearest
+from ditkit.core.errors import ConfigError, DitkitError, nearest
 from ditkit.core.run import Run
 from ditkit.diffusion.guidance import Guidance
 from ditkit.diffusion.process import Process
@@ -21,6 +24,7 @@ from ditkit.diffusion.solvers import SOLVERS
 if TYPE_CHECKING:
     from ditkit.told import Told
 
+log = logging.getLogger("ditkit")
 MAX_SEED = 2**63 - 1
 PRESETS: dict[str, dict[str, Any]] = {
     "none": {"scale": 1.0},
@@ -72,8 +76,19 @@ def images_in_all(num_images: int | None, each: int | None, asked: int) -> int |
     return whole("num_images_per_prompt", each, 1, 1 << 20) * asked
 
 
-def choose_guidance(default: Guidance, guidance: Guidance | str | None, scale: float | None) -> Guidance:
-    """The default, changed by a preset or replaced, at the given scale."""
+def choose_guidance(
+    model: Backbone, default: Guidance, guidance: Guidance | str | None, scale: float | None, true_scale: float | None = None
+) -> Guidance:
+    """The default, changed by a preset or replaced, at the given scale.
+
+    Args:
+        scale: told to a network with an input for it; otherwise that of classifier-free guidance.
+        true_scale: of classifier-free guidance, whatever the network.
+    """
+    own: float | None = model.config.guidance if "guidance" in wants(model) else None
+    if own is None and scale is not None and true_scale is not None:
+        raise DitkitError("guidance_scale and true_cfg_scale are both given", allowed=f"one of them: {model.name} is told no scale")
+    told, scale = (None, scale if true_scale is None else true_scale) if own is None else (scale, true_scale)
     if isinstance(guidance, str):
         if guidance not in PRESETS:
             raise DitkitError(f"guidance is {guidance!r}", allowed=", ".join(PRESETS), hint=nearest(guidance, PRESETS))
@@ -81,7 +96,21 @@ def choose_guidance(default: Guidance, guidance: Guidance | str | None, scale: f
             raise DitkitError(f"guidance 'none' with guidance_scale {scale}", allowed="one of them", hint="'none' is conditional: scale 1")
         guidance = Guidance.parse({**default.to_dict(), **PRESETS[guidance]}, "guidance")
     chosen = default if guidance is None else guidance
-    return chosen if scale is None else Guidance.parse({**chosen.to_dict(), "scale": float(scale)}, "guidance")
+    if own is None and chosen.told is not None:
+        raise DitkitError(f"guidance.told is {chosen.told}", allowed=f"None: {model.name} has no input for it", hint="set its scale")
+    if own is not None:
+        told = next(float(v) for v in (told, chosen.told, own) if v is not None)
+    values = {"told": told, "scale": chosen.scale if scale is None else float(scale)}
+    return Guidance.parse({**chosen.to_dict(), **values}, "guidance")
+
+
+def warn_unheard(guidance: Guidance, record: Mapping[str, Any]) -> None:
+    """Say so where prompts have no effect at this scale."""
+    if guidance.scale == 0 and "prompts" in record:
+        log.warning("at guidance scale 0 prompts have no effect: it is unconditional; 1 is conditional, without guidance")
+    if guidance.scale == 1 and "negative_prompts" in record:
+        name = "guidance_scale" if guidance.told is None else "true_cfg_scale"
+        log.warning("at guidance scale 1 negative prompts have no effect: set %s", name)
 
 
 def whole(name: str, value: Any, low: int, high: int) -> int:
@@ -97,6 +126,23 @@ def whole(name: str, value: Any, low: int, high: int) -> int:
 
 class _Checked(Exception):
     pass
+
+
+def check_channels(model: Backbone, process: Process, codec: Codec, config: BundleConfig) -> None:
+    """Data, codec, network and process must fit together."""
+    shape, cfg = config.data.shape, model.config
+    if len(shape) != 3 or min(shape) < 1:
+        raise ConfigError(f"data.shape is {shape}", allowed="(C, H, W)")
+    if config.data.labels and not takes_text(model) and len(config.data.labels) != cfg.num_classes:
+        raise ConfigError(f"data.labels has {len(config.data.labels)} names", allowed=f"{cfg.num_classes}, as many as classes, or none")
+    want = {
+        "data.shape[0]": (shape[0], codec.in_channels),
+        "backbone in_channels": (cfg.in_channels, codec.channels),
+        "backbone out_channels": (cfg.out_channels, process.output_channels(codec.channels)),
+    }
+    for name, (value, fits) in want.items():
+        if value != fits:
+            raise ConfigError(f"{name} is {value}", allowed=f"{fits}, with codec {codec.name} and process {process.name}")
 
 
 def check_sampling(model: Backbone, process: Process, sampling: Sampling) -> None:

@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from ditkit.bundle import BundleConfig
+from ditkit.bundle import BundleConfig, EncoderPart
 from ditkit.conditioning import encoder_from
-from ditkit.conditioning.inputs import check_width, network_inputs, takes_text, told_size
+from ditkit.conditioning.inputs import check_encoder, network_inputs, takes_text, told_size
 from ditkit.conditioning.text import LongPrompts, Text, TextEncoder, check_prompts
+from ditkit.core import registry
 from ditkit.core.errors import ConfigError, DitkitError
 from ditkit.request import expand_labels, images_in_all, whole
 
@@ -54,10 +55,11 @@ class Asked:
     negative_prompt_embeds: Text | None = None
     long_prompts: LongPrompts | None = None
     examples: Sequence[str] = ()
+    trained: tuple[int, int] | None = None  # height and width of the training data
 
     def captions(self, model: Any, encoder: TextEncoder | None, size: tuple[int, int]) -> Captions | None:
         """The text side; None for a model that is told labels. Raises DitkitError where the caller gave what the model is not told."""
-        words = {k: v for k, v in vars(self).items() if k not in ("class_labels", "examples", "long_prompts") and v is not None}
+        words = {k: v for k, v in vars(self).items() if k not in ("class_labels", "examples", "trained", "long_prompts") and v is not None}
         if not takes_text(model):
             if words:
                 raise DitkitError(f"{model.name} is told class labels, and {', '.join(words)} is given", allowed="class_labels")
@@ -71,7 +73,7 @@ class Asked:
         if isinstance(prompt, list | tuple) and not prompt:
             raise DitkitError(f"{model.name} is told captions, and none is given", allowed="prompt", hint="prompt='a red circle'")
         negative = words.get("negative_prompt", self.negative_prompt_embeds)
-        return Captions(model, encoder, prompt, negative, size, self.long_prompts)
+        return Captions(model, encoder, prompt, negative, size, self.trained or size, self.long_prompts)
 
     def told(
         self,
@@ -105,7 +107,7 @@ class Captions:
     Attributes:
         encoder: None where ``prompt`` and ``negative`` are encoded already.
         prompt, negative: texts, or what they became elsewhere. ``negative`` None: the null caption.
-        size: height and width of the pictures, for a network that is told them.
+        size, trained: height and width of the pictures, and of the training data, for a network that is told them.
     """
 
     model: Any
@@ -113,6 +115,7 @@ class Captions:
     prompt: str | Sequence[str] | Text
     negative: str | Sequence[str] | Text | None
     size: tuple[int, int]
+    trained: tuple[int, int]
     long_prompts: LongPrompts | None = None
 
     def told(self, num_images: int | None, guided: bool, device: torch.device) -> Told:
@@ -123,7 +126,7 @@ class Captions:
             raise DitkitError(f"{total} images for {count} prompts", allowed="a multiple of the number of prompts")
         negative = None if self.negative is None else _repeated(_listed(self.negative), count)
         text, cut = self._encoded(prompts, device)
-        extra = {name: value.to(device) for name, value in told_size(self.model, *self.size, count).items()}
+        extra = {name: value.to(device) for name, value in told_size(self.model, self.size, self.trained, count).items()}
         cond = {**network_inputs(self.model, text, self._masked), **extra}
         null, more = self._null(cond, extra, negative, device) if guided else (None, 0)
         copies = total // count
@@ -165,7 +168,7 @@ class Captions:
                 f"the bundle of this {self.model.name} names no text encoder",
                 hint="from_pretrained(..., text_encoder=...), or give prompt_embeds",
             )
-        check_width(self.model, self.encoder.dim, self.encoder.pooled_dim)  # before large weights are read
+        check_encoder(self.model, self.encoder)  # before large weights are read
         tokens = self.encoder.to(device).tokenize(texts, self.long_prompts)
         known: dict[str, Text] = {}
         for k, text in enumerate(texts):
@@ -214,10 +217,10 @@ def find_encoder(model: Any, config: BundleConfig) -> TextEncoder | None:
     if model.encoder is not None:
         found: TextEncoder = model.encoder
         return found
-    return None if config.encoder is None else _checked(encoder_from(config.encoder.name, config.encoder.config), config)
+    return None if config.encoder is None else _read(config.encoder, model)
 
 
-def moved_encoder(given: TextEncoder | str | Path | None, config: BundleConfig) -> TextEncoder | None:
+def moved_encoder(given: TextEncoder | str | Path | None, config: BundleConfig, model: Any) -> TextEncoder | None:
     """The encoder that a caller gave, or the bundle's in another folder."""
     if given is None or isinstance(given, TextEncoder):
         return given
@@ -227,9 +230,15 @@ def moved_encoder(given: TextEncoder | str | Path | None, config: BundleConfig) 
             allowed="text_encoder as an encoder: its max_length and layer must be known",
             hint=f"encoder_from('transformers', {{'path': {str(given)!r}, 'max_length': ...}})",
         )
-    return _checked(encoder_from(config.encoder.name, {**config.encoder.config, "path": str(given)}), config)
+    return _read(config.encoder, model, path=str(given))
 
 
-def _checked(encoder: TextEncoder, config: BundleConfig) -> TextEncoder:
-    encoder.expected_hash = "" if config.encoder is None else config.encoder.hash
+def _read(part: EncoderPart, model: Any, **moved: Any) -> TextEncoder:
+    """A bundle's encoder; in the network's dtype where the bundle leaves it open (a diffusers folder does)."""
+    cls: Any = registry.get("encoders", part.name)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    field = cls.config_class.model_fields.get("dtype")
+    own = {"dtype": dtype} if field is not None and dtype in get_args(field.annotation) else {}
+    encoder = encoder_from(part.name, {**own, **part.config, **moved})
+    encoder.expected_hash = part.hash
     return encoder

@@ -41,7 +41,9 @@ class Args:
     num_inference_steps: int | None = None
     """solver steps"""
     guidance_scale: float | None = None
-    """s in u + s (c - u): 0 is unconditional, 1 conditional"""
+    """s in u + s (c - u): 0 is unconditional, 1 conditional; FLUX.1-dev is told it instead"""
+    true_cfg_scale: float | None = None
+    """s in u + s (c - u), also where the network is told guidance-scale (FLUX.1-dev)"""
     guidance: Literal["none", "all", "first-three"] | None = None
     """none: conditional; all: every channel; first-three: the rule of released DiT and SiT weights"""
     seed: int = 0
@@ -100,6 +102,7 @@ def _sample(pipe: Pipeline, args: Args) -> Output:
         num_images_per_prompt=args.num_images_per_prompt,
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
+        true_cfg_scale=args.true_cfg_scale,
         guidance=args.guidance,
         seed=args.seed,
         solver=args.solver,
@@ -111,13 +114,14 @@ def _sample(pipe: Pipeline, args: Args) -> Output:
 
 def summary(out: Output) -> str:
     """What was made, in one line: a guidance scale of 0 or 1 is said in words."""
-    record, scale = out.record, out.record["guidance"]["scale"]
+    record, scale, told = out.record, out.record["guidance"]["scale"], out.record["guidance"].get("told")
     kind = {0: "unconditional (scale 0)", 1: "conditional, not guided (scale 1)"}.get(scale, f"guidance scale {scale:g}")
     channels = record["guidance"]["channels"]
     where = "" if channels == "all" or scale in (0, 1) else f" on the first {channels} channels"
+    heard = "" if told is None else f", told scale {told:g}"
     methods = "".join(f", {m['label']}" for m in record["methods"])
     cut = f", {record['truncated']} prompts cut" if record.get("truncated") else ""
     return (
-        f"{len(out.seeds)} pictures, {record['num_inference_steps']} steps of {record['solver']}, {kind}{where}{methods}{cut}, "
+        f"{len(out.seeds)} pictures, {record['num_inference_steps']} steps of {record['solver']}, {kind}{where}{heard}{methods}{cut}, "
         f"seeds {out.seeds[0]} to {out.seeds[-1]}, {out.report['seconds']:.1f} s"
     )

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from ditkit.core.cache import cache_dir
@@ -23,6 +22,8 @@ from ditkit.core.files import write_tensors
 from ditkit.data.latent_set import MappedTensors
 
 from .text import Text, TextEncoder
+
+WHOLE = ("pooled", "t5", "t5_mask")  # a row a prompt
 
 
 class TextCache:
@@ -60,7 +61,7 @@ class TextCache:
     def encode(self, prompts: Sequence[str]) -> Text:
         """As the encoder's own ``encode``, on the CPU."""
         self.add(prompts, progress=False)
-        length, rows = self.encoder.config.max_length, [self._row(p) for p in prompts]
+        length, rows = self.encoder.length, [self._row(p) for p in prompts]
         return Text.cat([row.padded(length) for row in rows])
 
     def _row(self, prompt: str) -> Text:
@@ -69,23 +70,26 @@ class TextCache:
 
     @torch.no_grad()
     def _write(self, prompts: list[str], bar: tqdm[Any]) -> None:
-        states: list[Tensor] = []
-        masks: list[Tensor] = []
-        pooled: list[Tensor] = []
+        rows: list[Text] = []
         for part in _parts(prompts, self.batch_size):
             text = self.encoder.encode(part).to("cpu")
-            length = text.mask.sum(1) if self.encoder.config.masked else torch.full((len(part),), text.mask.shape[1])
-            states += [u[:n] for u, n in zip(text.states, length)]
-            masks += [u[:n] for u, n in zip(text.mask, length)]
-            pooled += [] if text.pooled is None else list(text.pooled)
+            rows += [self._trimmed(text.take([k])) for k in range(len(part))]
             bar.update(len(part))
-        keys, lengths = [_key(p) for p in prompts], [len(u) for u in states]
-        tensors = {"states": torch.cat(states), "mask": torch.cat(masks), **({"pooled": torch.stack(pooled)} if pooled else {})}
+        keys, lengths = [_key(p) for p in prompts], [row.states.shape[1] for row in rows]
+        tensors = {"states": torch.cat([row.states[0] for row in rows]), "mask": torch.cat([row.mask[0] for row in rows])}
+        tensors |= {name: torch.cat([getattr(row, name) for row in rows]) for name in WHOLE if getattr(rows[0], name) is not None}
         name = hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:24]
         path = self.folder / f"text-{name}.safetensors"
         self.folder.mkdir(parents=True, exist_ok=True)
         write_tensors(path, tensors, {"keys": json.dumps(keys), "lengths": json.dumps(lengths)})
         self._open(path)
+
+    def _trimmed(self, text: Text) -> Text:
+        """One prompt without the padding at its end, where nobody sees that. A second text stays whole: its padding is pooled too."""
+        if not self.encoder.config.masked:
+            return text
+        length = int((text.mask[0] * torch.arange(1, text.mask.shape[1] + 1)).max())
+        return text._replace(states=text.states[:, :length], mask=text.mask[:, :length])
 
     def _open(self, path: Path) -> None:
         file = _File(path)
@@ -108,8 +112,8 @@ class _File:
         """One prompt (1, L, D), without padding."""
         where = np.arange(self.ends[row], self.ends[row + 1])
         states, mask = (self.mapped.rows(name, where)[None] for name in ("states", "mask"))
-        pooled = self.mapped.rows("pooled", np.array([row])) if "pooled" in self.mapped.entries else None
-        return Text(states, mask, pooled)
+        whole = {name: self.mapped.rows(name, np.array([row])) for name in WHOLE if name in self.mapped.entries}
+        return Text(states, mask, **whole)
 
 
 def _key(prompt: str) -> str:

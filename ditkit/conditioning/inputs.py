@@ -1,4 +1,4 @@
-"""What of a text a backbone takes, read from the names of its ``prepare``: ``text``, ``mask``, ``pooled``, ``size``."""
+"""What of a text a backbone takes, read from the names of its ``prepare``: ``text``, ``mask``, ``pooled``, ``t5``, ``size``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from ditkit.core.errors import DitkitError
 
 if TYPE_CHECKING:
-    from .text import Text
+    from .text import Text, TextEncoder
 
 
 def wants(model: Any) -> frozenset[str]:
@@ -38,30 +38,63 @@ def network_inputs(model: Any, text: Text, masked: bool = True) -> dict[str, Ten
         raise DitkitError(f"{model.name} is told class labels, not captions", allowed="class_labels")
     if text.states.dim() != 3 or text.mask.shape != text.states.shape[:2]:
         raise DitkitError(f"states are {tuple(text.states.shape)}, their mask {tuple(text.mask.shape)}", allowed="(B, L, D) and (B, L)")
-    check_width(model, text.states.shape[-1], None if text.pooled is None else text.pooled.shape[-1])
+    check_width(model, *(None if u is None else u.shape[-1] for u in (text.states, text.pooled, text.t5)))  # type: ignore[arg-type]
     found = {"text": text.states}
     if masked and "mask" in known:
         found["mask"] = text.mask
     if "pooled" in known and text.pooled is not None:
         found["pooled"] = text.pooled
+    if "t5" in known and text.t5 is not None:
+        found["t5"] = text.t5
+        if masked and text.t5_mask is not None:
+            found["t5_mask"] = text.t5_mask
     return found
 
 
-def check_width(model: Any, dim: int, pooled_dim: int | None) -> None:
-    """Raise DitkitError where an encoder's states or pooled vector are not what the network was built for."""
+def check_width(model: Any, dim: int, pooled_dim: int | None, t5_dim: int | None = None) -> None:
+    """Raise DitkitError where an encoder's states, pooled vector or second text are not what the network was built for."""
+    known = wants(model)
     hint = "this is another model's encoder: give the one that the network was trained with"
-    if (wanted := getattr(model.config, "text_dim", dim)) != dim:
-        raise DitkitError(f"the text encoder's states have width {dim}", allowed=f"{wanted}, the text_dim of {model.name}", hint=hint)
-    if "pooled" not in wants(model):
+    missing = "bytes, or a CLIP model, have one", "the encoder 'hunyuan' has one"
+    _check(model, "the text encoder's states have width", "text_dim", dim, hint)
+    for name, what, width, have in (("pooled", "a pooled text", pooled_dim, missing[0]), ("t5", "a second text", t5_dim, missing[1])):
+        if name not in known:
+            continue
+        if width is None:
+            raise DitkitError(f"{model.name} is told {what} too, and the text encoder has none", hint=have)
+        _check(model, f"the {what.removeprefix('a ')} has width", f"{name}_dim", width, hint)
+
+
+def check_encoder(model: Any, encoder: TextEncoder) -> None:
+    """``check_width`` of what an encoder will say, before it reads any weights; and the lengths of texts that have only one."""
+    second = encoder.t5_shape
+    check_width(model, encoder.dim, encoder.pooled_dim, None if second is None else second[1])
+    if second is None or "t5" not in wants(model):
         return
-    if pooled_dim is None:
-        raise DitkitError(f"{model.name} is told a pooled text too, and the text encoder has none", hint="bytes, or a CLIP model, have one")
-    if (wanted := getattr(model.config, "pooled_dim", pooled_dim)) != pooled_dim:
-        raise DitkitError(f"the pooled text has width {pooled_dim}", allowed=f"{wanted}, the pooled_dim of {model.name}", hint=hint)
+    for key, length in (("text_length", encoder.length), ("t5_length", second[0])):
+        if (wanted := getattr(model.config, key, length)) != length:
+            raise DitkitError(f"the encoder's {key} is {length}", allowed=f"{wanted}, the {key} of {model.name}", hint="set its lengths")
 
 
-def told_size(model: Any, height: int, width: int, count: int) -> dict[str, Tensor]:
-    """``size`` (count, 2) in pixels, for a network with micro-conditions; nothing for others."""
-    if "size" not in wants(model) or not getattr(model.config, "micro_conditions", False):
+def _check(model: Any, what: str, key: str, width: int, hint: str) -> None:
+    if (wanted := getattr(model.config, key, width)) != width:
+        raise DitkitError(f"{what} {width}", allowed=f"{wanted}, the {key} of {model.name}", hint=hint)
+
+
+def told_size(model: Any, size: tuple[int, int], trained: tuple[int, int], count: int) -> dict[str, Tensor]:
+    """``size`` in pixels, for a network with micro-conditions; nothing for others.
+
+    Args:
+        size: height and width of the pictures.
+        trained: of the training data, which Hunyuan-DiT is told as the size of the original.
+
+    Returns:
+        (count, 2), height and width; or (count, 6), those of the original, of the picture, and the corner of a crop.
+    """
+    if "size" in wants(model) and getattr(model.config, "micro_conditions", False):
+        told: tuple[int, ...] = size
+    elif "size" in wants(model) and getattr(model.config, "size_and_style", False):
+        told = (*trained, *size, 0, 0)
+    else:
         return {}
-    return {"size": torch.tensor([[height, width]], dtype=torch.float32).expand(count, -1)}
+    return {"size": torch.tensor([told], dtype=torch.float32).expand(count, -1)}

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ditkit.core.config import Config
-from ditkit.core.errors import DitkitError
+from ditkit.core.errors import ConfigError, DitkitError
 
 from .inputs import network_inputs
 
@@ -29,6 +29,8 @@ class Text(NamedTuple):
     states: Tensor  # (B, L, D)
     mask: Tensor  # (B, L) bool, false at padding
     pooled: Tensor | None = None  # (B, D_pooled), one vector a prompt
+    t5: Tensor | None = None  # (B, L_t5, D_t5), a second text, for a network that is given two (Hunyuan-DiT)
+    t5_mask: Tensor | None = None  # (B, L_t5) bool
 
     def take(self, rows: Sequence[int]) -> Text:
         """These rows of all tensors, in this order: ``[0, 0, 1, 1]`` for two pictures of each of two prompts."""
@@ -41,7 +43,7 @@ class Text(NamedTuple):
         if more < 0:
             raise DitkitError(f"length is {length}", allowed=f"{self.states.shape[1]} or more, as many tokens as there are")
         states, mask = nn.functional.pad(self.states, (0, 0, 0, more)), nn.functional.pad(self.mask, (0, more))
-        return Text(states, mask, self.pooled)
+        return self._replace(states=states, mask=mask)
 
     def to(self, device: torch.device | str) -> Text:
         """On ``device``."""
@@ -50,8 +52,7 @@ class Text(NamedTuple):
     @classmethod
     def cat(cls, parts: Sequence[Self]) -> Text:
         """One after the other; all with the same L."""
-        pooled = [p.pooled for p in parts if p.pooled is not None]
-        return Text(torch.cat([p.states for p in parts]), torch.cat([p.mask for p in parts]), torch.cat(pooled) if pooled else None)
+        return Text(*(None if any(u is None for u in column) else torch.cat(column) for column in zip(*parts)))  # type: ignore[arg-type]
 
 
 class Tokens(NamedTuple):
@@ -78,12 +79,14 @@ class TextEncoder(nn.Module):
     Attributes:
         learned: its weights belong to the bundle and are trained with the network.
         null_caption: what stands for no caption: "empty", the empty prompt, or "model", what the network itself says.
+        title: what errors call it, where it is one of several.
     """
 
     name: ClassVar[str] = ""
     config_class: ClassVar[type[TextConfig]] = TextConfig
     learned: ClassVar[bool] = False
     null_caption: Literal["empty", "model"] = "empty"
+    title: str = ""
     expected_hash: str = ""  # of the encoder that the network was trained with, where that is known
     config: Any
 
@@ -99,6 +102,16 @@ class TextEncoder(nn.Module):
     @property
     def pooled_dim(self) -> int | None:
         """Width of the pooled vector; None: there is none."""
+        return None
+
+    @property
+    def length(self) -> int:
+        """Tokens of every prompt's states, padding included."""
+        return int(self.config.max_length)
+
+    @property
+    def t5_shape(self) -> tuple[int, int] | None:
+        """Tokens and width of the second text; None: there is none."""
         return None
 
     @property
@@ -123,19 +136,29 @@ class TextEncoder(nn.Module):
         Raises:
             DitkitError: a prompt is no text, or too long; it is named.
         """
-        how = long_prompts or self.config.long_prompts
+        how = self.checked(prompts, long_prompts)
+        tokens, lengths = self.cut(prompts, how)
+        return tokens._replace(truncated=len(self.too_long(prompts, lengths, how)))
+
+    def checked(self, prompts: Sequence[str], long_prompts: LongPrompts | None) -> LongPrompts:
+        """What is to be done with long prompts, of prompts that are ones."""
+        how: LongPrompts = long_prompts or self.config.long_prompts
         if how not in ("error", "truncate"):
             raise DitkitError(f"long_prompts is {how!r}", allowed="error, truncate")
         check_prompts(prompts)
-        tokens, lengths = self.cut(prompts, how)
+        return how
+
+    def too_long(self, prompts: Sequence[str], lengths: Sequence[int], how: LongPrompts) -> list[int]:
+        """Which of the prompts have too many tokens; DitkitError, naming the first, where that is an error."""
         long = [k for k, length in enumerate(lengths) if length > self.config.max_length]
         if long and how == "error":
+            whose = f" for {self.title}" if self.title else ""
             raise DitkitError(
-                f"prompt {_short(prompts[long[0]])} has {lengths[long[0]]} tokens",
+                f"prompt {_short(prompts[long[0]])} has {lengths[long[0]]} tokens{whose}",
                 allowed=f"at most {self.config.max_length}, with the end mark",
                 hint="shorten it, or long_prompts='truncate' to cut it",
             )
-        return tokens._replace(truncated=len(long))
+        return long
 
     def encode(self, prompts: Sequence[str], long_prompts: LongPrompts | None = None) -> Text:
         """Prompts -> states (B, L, D), on the encoder's device."""
@@ -163,6 +186,14 @@ class TextEncoder(nn.Module):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+    def check_hash(self, where: Any) -> None:
+        """Raise ConfigError where this is not the encoder that the network was trained with; ``where``: its folder."""
+        if self.expected_hash and self.content_hash() != self.expected_hash:
+            raise ConfigError(
+                f"the text encoder in {where} is not the one that the network was trained with",
+                hint="from_pretrained(..., text_encoder=FOLDER) says where that one is",
+            )
 
 
 def check_prompts(prompts: Sequence[str]) -> None:

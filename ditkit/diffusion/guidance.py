@@ -1,6 +1,7 @@
 """Classifier-free guidance (2207.12598): u + s (c - u), from the network's outputs with and without conditioning.
 
-Scale 0 is the unconditional model, 1 the conditional one. Output channels beyond the data's (a learned variance) come from
+Scale 0 is the unconditional model, 1 the conditional one. A network into which guidance was distilled (2210.03142) is told a scale
+instead, in one pass. Output channels beyond the data's (a learned variance) come from
 the conditional pass and are not guided.
 """
 
@@ -33,6 +34,7 @@ class Guidance(Config):
     rescale: float = Field(0.0, ge=0, le=1, description="how far the guided output's deviation is brought back (2305.08891, section 3.4)")
     interval: tuple[float, float] = Field((0.0, 1.0), description="guide only where low <= t <= high, public time (2404.07724)")
     batched: bool = Field(False, description="one forward of twice the batch instead of two")
+    told: float | None = Field(None, ge=0, description="scale that a network with an input for it is told (FLUX-dev); None: its own")
 
     @model_validator(mode="after")
     def _in_range(self) -> Guidance:
@@ -99,7 +101,8 @@ class _Guided:
 
     def _forward(self, x: Tensor, t: Tensor, name: str) -> Tensor:
         if name not in self.prepared:
-            self.prepared[name] = self.model.prepare(**self._conditioning(name))
+            told = {} if self.guidance.told is None else {"guidance": self.guidance.told}
+            self.prepared[name] = self.model.prepare(**self._conditioning(name), **told)
         h = self.process.network_input(x, t).to(_dtype(self.model, x))
         time = self.process.network_time(t).to(x.device)
         return self.model(h, time, self.prepared[name], run=self.run, guidance_pass=name).to(x.dtype)

@@ -7,6 +7,7 @@ diffusers splits qkv, and in single blocks the MLP's first half too; its final n
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -306,6 +307,11 @@ def config_to_diffusers(config: FluxConfig) -> dict[str, Any]:
         _class_name=CLASS,
         **({} if ours_of(config) == Ours() else {"_ditkit": ours_of(config).to_dict()}),
     )
+
+
+def text_encoder(folder: Path, config: FluxConfig) -> Part:
+    """CLIP and T5, as FluxPipeline asks them; T5 with as many tokens as the released code gives it: 512 of dev, 256 of schnell."""
+    return Part(name="flux", config={"path": str(folder), "max_length": 256 if config.guidance is None else 512})
 
 
 def differences(config: FluxConfig, to: Literal["official", "diffusers"]) -> list[str]:

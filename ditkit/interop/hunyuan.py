@@ -7,6 +7,7 @@ released file calls the norm before the text "norm3" and that before the MLP "no
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -338,6 +339,11 @@ def config_to_diffusers(config: HunyuanConfig) -> dict[str, Any]:
         activation_fn="gelu-approximate",
         _class_name=CLASS,
     )
+
+
+def text_encoder(folder: Path, config: HunyuanConfig) -> Part:
+    """CLIP and T5, as HunyuanDiTPipeline asks them."""
+    return Part(name="hunyuan", config={"path": str(folder), "clip_length": config.text_length, "max_length": config.t5_length})
 
 
 def differences(config: HunyuanConfig, to: Literal["official", "diffusers"]) -> list[str]:

@@ -7,6 +7,7 @@ no gate (the final one, and the text's in the last block).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ditkit.bundle import Part, Sampling
@@ -307,6 +308,12 @@ def config_to_diffusers(config: MMDiTConfig) -> dict[str, Any]:
         qk_norm="rms_norm" if config.qk_norm else None,
         _class_name=CLASS,
     )
+
+
+def text_encoder(folder: Path, config: MMDiTConfig) -> Part:
+    """Two CLIPs and T5, as StableDiffusion3Pipeline asks them. A folder without T5, which is large, is read without."""
+    t5 = "text_encoder_3" if (folder / "text_encoder_3" / "config.json").is_file() else None
+    return Part(name="sd3", config={"path": str(folder), "t5": t5, "dim": config.text_dim})
 
 
 def differences(config: MMDiTConfig, to: Literal["official", "diffusers"]) -> list[str]:

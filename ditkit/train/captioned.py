@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ditkit.conditioning import TextEncoder, network_inputs, takes_text
 from ditkit.conditioning.cache import TextCache
-from ditkit.conditioning.inputs import check_width, told_size
+from ditkit.conditioning.inputs import check_encoder, told_size
 from ditkit.core.errors import ConfigError
 from ditkit.data import Dataset
 
@@ -69,7 +69,7 @@ class Captioned:
 
     def told(self, captions: list[str]) -> dict[str, Tensor]:
         """What the model is called with for these captions, on the CPU."""
-        size = told_size(self.model, *self.size, len(captions))
+        size = told_size(self.model, self.size, self.size, len(captions))
         if self._cache is None:
             tokens = self.encoder.tokenize(captions)
             return {"tokens": tokens.tokens, "mask": tokens.mask, **size}
@@ -110,7 +110,7 @@ def check_told(model: Any, encoder: TextEncoder | None, data: Any) -> None:
             f"backbone {model.name} is told class labels, and the recipe has an encoder", hint="leave it out, or choose pixart"
         )
     if encoder is not None:
-        check_width(model, encoder.dim, encoder.pooled_dim)
+        check_encoder(model, encoder)
     if encoder is not None and not getattr(data, "has_captions", hasattr(data, "captions")):
         raise ConfigError(f"data set {data.name!r} has no captions", allowed="scenes, or pictures with name.txt beside name.png")
 

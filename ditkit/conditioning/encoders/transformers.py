@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from ..text import LongPrompts, Text, TextConfig, TextEncoder, Tokens
 
 _KINDS = {  # model_type of config.json -> class, the key of its width
     "t5": ("T5EncoderModel", "d_model"),
+    "mt5": ("MT5EncoderModel", "d_model"),
     "umt5": ("UMT5EncoderModel", "d_model"),
     "clip_text_model": ("CLIPTextModel", "hidden_size"),
     "gemma": ("GemmaModel", "hidden_size"),
@@ -35,6 +37,25 @@ _KINDS = {  # model_type of config.json -> class, the key of its width
     "bert": ("BertModel", "hidden_size"),
 }
 _PROJECTED = "CLIPTextModelWithProjection"
+
+
+@dataclass(frozen=True)
+class Use:
+    """What an encoder is for, where it is one of several (``_several.py``).
+
+    Attributes:
+        title: what errors call it.
+        kinds: model types of transformers that it may be.
+        projected: whether a CLIP's pooled vector is the projected one; None: as its config.json says.
+        pooled: whether the pooled vector is taken, where there is one.
+        padding: whether what it says at padding is kept; otherwise that is zero, where masked.
+    """
+
+    title: str = ""
+    kinds: tuple[str, ...] = tuple(_KINDS)
+    projected: bool | None = None
+    pooled: bool = True
+    padding: bool = False
 
 
 class TransformersConfig(TextConfig):
@@ -45,6 +66,7 @@ class TransformersConfig(TextConfig):
     tokenizer: str | None = Field(None, description="folder of the tokenizer; None: the model's own, or tokenizer/ beside it")
     max_length: int = Field(120, ge=2, le=1 << 16, description="tokens of a prompt, those that mark its ends among them")
     layer: int = Field(-1, le=-1, description="which states: -1 the last, normalised; -2 those before the last layer")
+    lower_case: bool = Field(False, description="prompts are read in lower case and without spaces at their ends, as PixArt was trained")
     null_caption: Literal["empty", "model"] = Field(
         "empty", description="what stands for no caption: the empty prompt, or the network's own"
     )
@@ -61,8 +83,10 @@ class TransformersEncoder(TextEncoder):
     config_class = TransformersConfig
     config: TransformersConfig
 
-    def __init__(self, config: TransformersConfig | None = None, **values: Any) -> None:
+    def __init__(self, config: TransformersConfig | None = None, use: Use | None = None, **values: Any) -> None:
         super().__init__(config, **values)
+        self.use = use or Use()
+        self.title = self.use.title
         self.null_caption = self.config.null_caption
         self._held: dict[str, Any] = {}  # what was read so far; not a module of this one, whose weights it would seem to be
         self._device = torch.device("cpu")
@@ -75,7 +99,7 @@ class TransformersEncoder(TextEncoder):
             if (folder / "config.json").is_file():
                 return folder
         raise ConfigError(
-            f"there is no text encoder in {root}",
+            f"there is no {self.title or 'text encoder'} in {root}",
             allowed=f"a folder with config.json, or with {self.config.subfolder}/config.json",
             hint="check the path; from_pretrained(..., text_encoder=FOLDER) says where it is now",
         )
@@ -87,9 +111,12 @@ class TransformersEncoder(TextEncoder):
             path = self.folder / "config.json"
             values = read_data(path)
             values = values if isinstance(values, dict) else {}
-            if (kind := values.get("model_type")) not in _KINDS:
+            if (kind := values.get("model_type")) not in self.use.kinds:
                 found = kind or values.get("_class_name") or "no model"
-                raise ConfigError(f"{path} describes {found}", allowed=", ".join(_KINDS), hint="give a text encoder's folder")
+                where = f", and {self.title} is read from there" if self.title else ""
+                raise ConfigError(
+                    f"{path} describes {found}{where}", allowed=", ".join(self.use.kinds), hint="give a text encoder's folder"
+                )
             self._held["described"] = values
         described: dict[str, Any] = self._held["described"]
         return described
@@ -97,8 +124,9 @@ class TransformersEncoder(TextEncoder):
     @property
     def class_name(self) -> str:
         """The class of transformers that reads it."""
-        projected = self.described["model_type"] == "clip_text_model" and _PROJECTED in (self.described.get("architectures") or ())
-        return _PROJECTED if projected else _KINDS[self.described["model_type"]][0]
+        said, kind = _PROJECTED in (self.described.get("architectures") or ()), self.described["model_type"]
+        projected = said if self.use.projected is None else self.use.projected
+        return _PROJECTED if projected and kind == "clip_text_model" else _KINDS[kind][0]
 
     @property
     def dim(self) -> int:
@@ -106,6 +134,8 @@ class TransformersEncoder(TextEncoder):
 
     @property
     def pooled_dim(self) -> int | None:
+        if not self.use.pooled:
+            return None
         if self.class_name == _PROJECTED:
             return int(self.described["projection_dim"])
         return self.dim if self.described["model_type"] in ("clip_text_model", "bert") else None
@@ -118,12 +148,9 @@ class TransformersEncoder(TextEncoder):
     def model(self) -> Any:
         """The model of transformers."""
         if "model" not in self._held:
-            if self.expected_hash and self.content_hash() != self.expected_hash:
-                raise ConfigError(
-                    f"the text encoder in {self.folder} is not the one that the network was trained with",
-                    hint="from_pretrained(..., text_encoder=FOLDER) says where that one is",
-                )
-            self._held["model"] = _loaded(self.folder, self.class_name, getattr(torch, self.config.dtype)).to(self._device)
+            self.check_hash(self.folder)
+            more = {"add_pooling_layer": False} if self.described["model_type"] == "bert" and not self.use.pooled else {}
+            self._held["model"] = _loaded(self.folder, self.class_name, getattr(torch, self.config.dtype), **more).to(self._device)
         return self._held["model"]
 
     @property
@@ -156,10 +183,9 @@ class TransformersEncoder(TextEncoder):
     def cut(self, prompts: Sequence[str], how: LongPrompts) -> tuple[Tokens, list[int]]:
         _ = self.described  # another kind of model is named before its tokenizer is missed
         tokenizer, length = self.tokenizer, self.config.max_length
-        lengths = [len(ids) for ids in tokenizer(list(prompts), verbose=False)["input_ids"]]
-        found = tokenizer(
-            list(prompts), padding="max_length", max_length=length, truncation=True, padding_side="right", return_tensors="pt"
-        )
+        texts = [prompt.lower().strip() if self.config.lower_case else prompt for prompt in prompts]
+        lengths = [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
+        found = tokenizer(texts, padding="max_length", max_length=length, truncation=True, padding_side="right", return_tensors="pt")
         return Tokens(found["input_ids"], found["attention_mask"].bool()), lengths
 
     @torch.no_grad()
@@ -168,7 +194,7 @@ class TransformersEncoder(TextEncoder):
         seen = mask.long() if self.config.masked else None
         out = self.model(input_ids=tokens, attention_mask=seen, **({"output_hidden_states": True} if deep else {}))
         states = out.hidden_states[self.config.layer] if deep else out.last_hidden_state
-        if self.config.masked:
+        if self.config.masked and not self.use.padding:
             states = states * mask[..., None]
         pooled = None
         if self.pooled_dim is not None:
@@ -198,7 +224,7 @@ class TransformersEncoder(TextEncoder):
         return self
 
 
-def _loaded(folder: Path, class_name: str, dtype: torch.dtype) -> Any:
+def _loaded(folder: Path, class_name: str, dtype: torch.dtype, **more: Any) -> Any:
     transformers = require("transformers", "text")
     if not list(folder.glob("*.safetensors")):
         other = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".msgpack", ".h5"))
@@ -208,7 +234,7 @@ def _loaded(folder: Path, class_name: str, dtype: torch.dtype) -> Any:
         )
     try:
         model, report = getattr(transformers, class_name).from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
+            folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True, **more
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise WeightsError(f"{folder} cannot be read as {class_name}: {_line(error)}", hint="check its files") from None
