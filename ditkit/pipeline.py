@@ -24,9 +24,9 @@ from ditkit.bundle import BundleConfig, MethodPart, Opened, Validity, find_bundl
 from ditkit.callback import StepCallback, StepEnd, Steps
 from ditkit.codecs import codec_from, load_codec
 from ditkit.codecs.base import Codec
-from ditkit.conditioning import LongPrompts, Text, TextEncoder, takes_text
+from ditkit.conditioning import LongPrompts, Text, TextEncoder
 from ditkit.core.backbone import Backbone, count_graphs
-from ditkit.core.errors import ConfigError, DitkitError
+from ditkit.core.errors import DitkitError
 from ditkit.core.method import Method
 from ditkit.core.run import Run
 from ditkit.core.view import allow_graphs, compile_view, with_methods
@@ -37,7 +37,7 @@ from ditkit.diffusion.solvers import SOLVERS
 from ditkit.finite import NotFinite, Watch, find_module, finite
 from ditkit.loading import attach, bundle_tensors, choose, load_model, read_method
 from ditkit.output import Output, read_record, to_images
-from ditkit.request import MAX_SEED, Request, check_sampling, choose_guidance, find_solver, whole
+from ditkit.request import MAX_SEED, Request, check_channels, check_sampling, choose_guidance, find_solver, warn_unheard, whole
 from ditkit.told import Asked, find_encoder, moved_encoder, words_of
 
 log = logging.getLogger("ditkit")
@@ -73,7 +73,7 @@ class Pipeline:
         self.guidance = Guidance.parse(config.sampling.guidance, "sampling.guidance")
         self.codec = codec if codec is not None else _codec(config)
         self.encoder: TextEncoder | None = encoder or find_encoder(model, config)
-        _check_channels(model, self.process, self.codec, config)
+        check_channels(model, self.process, self.codec, config)
         check_sampling(model, self.process, config.sampling)
 
     @classmethod
@@ -101,7 +101,7 @@ class Pipeline:
         kind, where = choose(dtype, device)
         model, valid_for = load_model(opened, kind, where, methods)
         codec = None if opened.codec is None else load_codec(opened.codec)
-        encoder = moved_encoder(text_encoder, opened.config)
+        encoder = moved_encoder(text_encoder, opened.config, model)
         return cls(model, opened.config, codec=codec, encoder=encoder, source=opened.hash, valid_for=valid_for)
 
     @property
@@ -169,6 +169,7 @@ class Pipeline:
         num_images_per_prompt: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        true_cfg_scale: float | None = None,
         seed: int = 0,
         solver: str | None = None,
         solver_options: Mapping[str, Any] | None = None,
@@ -189,7 +190,9 @@ class Pipeline:
             prompt_embeds, negative_prompt_embeds: instead, prompts that are encoded already.
             long_prompts: "error" or "truncate" for a prompt with too many tokens.
             num_images: pictures in all; by default one for each label or prompt. Or ``num_images_per_prompt``.
-            guidance_scale: s in u + s (c - u): 0 is unconditional, 1 conditional.
+            guidance_scale: s in u + s (c - u): 0 is unconditional, 1 conditional. A network into which guidance was distilled
+                (FLUX.1-dev) is told it instead, and makes one pass.
+            true_cfg_scale: s in u + s (c - u), for any network.
             seed: of the first picture; picture k has ``seed + k``.
             solver: a name of ``ditkit.diffusion.solvers.SOLVERS``.
             solver_options: its own (eta, clip, ...), ``spacing`` or ``times``; the bundle's are for the bundle's solver.
@@ -202,12 +205,12 @@ class Pipeline:
         Raises:
             DitkitError: a value out of range, by name; or the step and the module at which a number was not finite.
         """
-        chosen = choose_guidance(self.guidance, guidance, guidance_scale)
+        chosen = choose_guidance(self.eager, self.guidance, guidance, guidance_scale, true_cfg_scale)
         pixels, latent = self._size(height, width)
-        asked = Asked(
-            class_labels, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, long_prompts, examples=self.config.data.captions
-        )
+        card, words = self.config.data, (prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        asked = Asked(class_labels, *words, long_prompts, examples=card.captions, trained=(card.shape[1], card.shape[2]))
         told = asked.told(self.eager, self.encoder, (num_images, num_images_per_prompt), pixels, chosen.scale != 1, self.device)
+        warn_unheard(chosen, told.record)
         default = self.config.sampling
         steps = default.num_inference_steps if num_inference_steps is None else num_inference_steps
         whole("seed", seed, 0, MAX_SEED - len(told))
@@ -387,23 +390,6 @@ def _codec(config: BundleConfig) -> Codec:
     if config.codec.name == "identity" and not values:
         values = {"channels": config.data.shape[0]}
     return codec_from(config.codec.name, values)
-
-
-def _check_channels(model: Backbone, process: Process, codec: Codec, config: BundleConfig) -> None:
-    """Data, codec, network and process must fit together."""
-    shape, cfg = config.data.shape, model.config
-    if len(shape) != 3 or min(shape) < 1:
-        raise ConfigError(f"data.shape is {shape}", allowed="(C, H, W)")
-    if config.data.labels and not takes_text(model) and len(config.data.labels) != cfg.num_classes:
-        raise ConfigError(f"data.labels has {len(config.data.labels)} names", allowed=f"{cfg.num_classes}, as many as classes, or none")
-    want = {
-        "data.shape[0]": (shape[0], codec.in_channels),
-        "backbone in_channels": (cfg.in_channels, codec.channels),
-        "backbone out_channels": (cfg.out_channels, process.output_channels(codec.channels)),
-    }
-    for name, (value, fits) in want.items():
-        if value != fits:
-            raise ConfigError(f"{name} is {value}", allowed=f"{fits}, with codec {codec.name} and process {process.name}")
 
 
 __all__ = ["Output", "Pipeline", "StepEnd", "from_pretrained"]
