@@ -14,6 +14,8 @@ import tyro
 from ditkit.core.errors import DitkitError
 
 if TYPE_CHECKING:
+    from ditkit.eval.captions import CaptionJudge
+    from ditkit.eval.features import Extractor
     from ditkit.eval.pipelines import Setting
     from ditkit.eval.quality import Judge
     from ditkit.pipeline import Pipeline
@@ -36,6 +38,9 @@ class Args:
     """by default the bundle's"""
     num_samples: int = 360
     """pictures whose quality is measured; 0: only the timed ones are compared"""
+    features: tuple[Literal["pca64", "classifier", "efficientnet-lite0"], ...] = ()
+    """what distances to real pictures are measured on, by default pca64 and classifier, for captions efficientnet-lite0; on the last,
+    where it is among them, also each variant's drift from the base"""
     repeats: int = 25
     """timed calls of each variant"""
     warmups: int = 3
@@ -68,10 +73,12 @@ def main(argv: Sequence[str]) -> int:
     specs = [parse_spec(text) for text in args.methods]
     pipes = {folder: Pipeline.from_pretrained(folder, dtype=args.dtype, device=args.device) for folder in args.folders}
     todo = variants(pipes, specs)
+    judge = _judge(pipes[args.folders[0]], args)
     result, _ = compare_pipelines(
         todo,
         _setting(args),
-        _judge(pipes[args.folders[0]], args),
+        judge,
+        drift_on=_drift_on(judge, args),
         suite=args.suite,
         command="ditkit bench " + " ".join(argv),
         progress=args.progress,
@@ -94,18 +101,29 @@ def _setting(args: Args) -> Setting:
     )
 
 
-def _judge(pipe: Pipeline, args: Args) -> Judge | None:
+def _judge(pipe: Pipeline, args: Args) -> Judge | CaptionJudge | None:
     """Real data to compare with: the bundle's own, where it can be had; without them quality is drift alone, and that is said."""
     from ditkit.conditioning.inputs import takes_text
+    from ditkit.eval.captions import CaptionJudge
     from ditkit.eval.quality import Judge
 
     if not args.num_samples:
         return None
-    if takes_text(pipe.model):
-        sys.stderr.write("no distances to real data: they are judged by class labels, and the model is told captions\n")
-        return None
+    card = pipe.config.data
     try:
-        return Judge(pipe.config.data.name)
+        if takes_text(pipe.model):
+            return CaptionJudge(card, _setting(args).num_samples, args.features or ("efficientnet-lite0",))
+        return Judge(card.name, args.features or ("pca64", "classifier"), options=card.config)
     except DitkitError as error:
         sys.stderr.write(f"no distances to real data: {error}\n")
         return None
+
+
+def _drift_on(judge: Judge | CaptionJudge | None, args: Args) -> Extractor | None:
+    """The ImageNet features, where the judge has them or, without a judge, where they are asked for."""
+    from ditkit.eval.features import FIXED
+
+    if judge is not None:
+        return next((e for e in judge.distances.extractors if e.name in FIXED), None)
+    name = next((n for n in args.features if n in FIXED), None)
+    return None if name is None else FIXED[name]()

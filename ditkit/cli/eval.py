@@ -7,25 +7,35 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from ditkit.core.errors import DitkitError
 
+if TYPE_CHECKING:
+    from ditkit.eval.captions import CaptionJudge
+    from ditkit.eval.quality import Judge, Quality
+    from ditkit.output import Output
+    from ditkit.pipeline import Pipeline
+
+Features = Literal["pca64", "classifier", "efficientnet-lite0"]
+
 
 @dataclass(frozen=True)
 class Args:
-    """Fréchet distance, kernel distance, precision, recall and label agreement of samples, beside those of held-out real data."""
+    """Distances of samples to real pictures (Fréchet, kernel, precision, recall), beside those of held-out real pictures, and whether
+    samples show what they were asked for: the label that a classifier reads, or, of captions, objects, colours and relations
+    (scenes), or recall of the caption (emoji)."""
 
     folder: Annotated[str, tyro.conf.Positional]
     """a bundle, the name of a shipped one (digits), or a diffusers folder"""
-    num_samples: int = 360
-    """pictures; distances depend on the number, so compare only equal ones"""
+    num_samples: int | None = None
+    """pictures, by default 360, or one for each of 500 captions (emoji: 200); compare only equal numbers"""
     data: str | None = None
     """data set; by default the bundle's"""
-    extractors: tuple[Literal["pca64", "classifier"], ...] = ("pca64", "classifier")
-    """what the distances are measured on"""
+    features: tuple[Features, ...] = ()
+    """what the distances are measured on; by default pca64 and classifier, for captions efficientnet-lite0"""
     methods: str | None = None
     """attach methods first: fora:interval=3, int8+compile, ..."""
     num_inference_steps: int | None = None
@@ -39,7 +49,7 @@ class Args:
     batch_size: int = 60
     """pictures at a time"""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """JSON file for the figures; by default they are only printed"""
+    """JSON file for the figures; by default they are only printed. Of captions also a sheet of pictures beside it, .png"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: fp32 on the CPU, bf16 on a GPU"""
     device: str = "auto"
@@ -53,37 +63,74 @@ def main(argv: Sequence[str]) -> int:
     args = tyro.cli(Args, args=list(argv), prog="ditkit eval")
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     from ditkit.conditioning.inputs import takes_text
-    from ditkit.core.files import write_json
-    from ditkit.eval.bench import plain
-    from ditkit.eval.quality import Judge
     from ditkit.eval.table import quality_table
     from ditkit.methods.specs import parse_spec
     from ditkit.pipeline import Pipeline
 
+    if args.out is not None and args.out.suffix != ".json":
+        raise DitkitError(f"out is {args.out}", allowed="a file that ends in .json")
     pipe = Pipeline.from_pretrained(args.folder, dtype=args.dtype, device=args.device)
     if args.methods:
         spec = parse_spec(args.methods)
         pipe = pipe.with_methods(*spec.build())
-        pipe = pipe.compile(spec.grain) if spec.grain else pipe
-    if takes_text(pipe.model):
-        raise DitkitError(
-            "the model is told captions", allowed="a model that is told class labels", hint="ditkit bench measures time, cost and drift"
-        )
-    judge = Judge(args.data or pipe.config.data.name, args.extractors)
-    judge.check_number(args.num_samples)
-    labels = judge.labels(args.num_samples)
-    out = pipe(
-        labels.tolist(),
+        pipe = spec.compiled(pipe)
+    judge, num = (_caption_judge if takes_text(pipe.model) else _judge)(pipe, args)
+    out = _sample(pipe, "prompt" if takes_text(pipe.model) else "class_labels", judge.told(num), args)
+    quality = judge(out.x, judge.told(num))
+    sys.stdout.write(quality_table(quality, out.record))
+    if args.out is not None:
+        _write(args.out, quality, out, judge, args.seed)
+    return 0
+
+
+def _judge(pipe: Pipeline, args: Args) -> tuple[Judge, int]:
+    """Real data with labels, and the number of samples."""
+    from ditkit.eval.quality import Judge
+
+    card, num = pipe.config.data, 360 if args.num_samples is None else args.num_samples
+    options = card.config if args.data in (None, card.name) else {}
+    judge = Judge(args.data or card.name, args.features or ("pca64", "classifier"), options=options)
+    judge.check_number(num)
+    return judge, num
+
+
+def _caption_judge(pipe: Pipeline, args: Args) -> tuple[CaptionJudge, int]:
+    """Captions with their real pictures, and how many."""
+    from ditkit.eval.captions import CaptionJudge, usual_number
+
+    card = pipe.config.data
+    num = usual_number(args.data or card.name) if args.num_samples is None else args.num_samples
+    return CaptionJudge(card, num, args.features or ("efficientnet-lite0",), data=args.data), num
+
+
+def _sample(pipe: Pipeline, what: str, told: list[Any], args: Args) -> Output:
+    return pipe(
+        **{what: told},
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
         solver=args.solver,
         seed=args.seed,
-        batch_size=min(args.batch_size, args.num_samples),
+        batch_size=min(args.batch_size, len(told)),
         progress=args.progress,
     )
-    quality = judge(out.x, labels)
-    sys.stdout.write(quality_table(quality, out.record))
-    if args.out is not None:
-        protocol = {k: v for k, v in out.record.items() if k != "class_labels" and k != "seeds"}
-        write_json(args.out, plain({"protocol": {**protocol, "first_seed": args.seed}, **asdict(quality)}))
-    return 0
+
+
+def _write(path: Path, quality: Quality, out: Output, judge: Judge | CaptionJudge, seed: int) -> None:
+    """Figures and protocol as JSON; of captions also the sheet."""
+    from ditkit.core.files import write_json
+    from ditkit.eval.bench import plain
+    from ditkit.eval.caption_grid import caption_grid
+    from ditkit.eval.captions import CaptionJudge
+    from ditkit.output import save_png
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    protocol = {k: v for k, v in out.record.items() if k not in ("class_labels", "prompts", "seeds")}
+    data: dict[str, Any] = {"protocol": {**protocol, "first_seed": seed}, **asdict(quality)}
+    if isinstance(judge, CaptionJudge):
+        asked = judge.asked
+        data["captions"] = list(asked.captions)
+        sheet = path.with_suffix(".png")
+        save_png(sheet, caption_grid(asked.captions, out.x, asked.real), data["protocol"])
+        sys.stdout.write(f"{sheet}\n")
+    write_json(path, plain(data))
+    sys.stdout.write(f"{path}\n")

@@ -1,13 +1,15 @@
 """What distances between sets of pictures are measured on, and who reads their labels.
 
 An extractor is named and turns x (B, C, H, W) in [-1, 1] into features (B, d). ``pca64`` and ``classifier`` are fitted to the
-real training split; the label reader is a support vector machine of scikit-learn, independent of both.
+real training split, ``efficientnet-lite0`` (``efficientnet.py``) was trained on ImageNet; the label reader is a support vector machine
+of scikit-learn, independent of them.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,10 +27,11 @@ from .metrics import Array
 
 
 class Extractor(Protocol):
-    """x (B, C, H, W) in [-1, 1] -> features (B, dim), float64."""
+    """x (B, C, H, W) in [-1, 1] -> features (B, dim), float64. ``rule``: what is done to pictures first, in words."""
 
     name: str
     dim: int
+    rule: str
 
     def __call__(self, x: Tensor) -> Array: ...
 
@@ -40,9 +43,25 @@ def everything(data: Dataset, most: int = 10_000, chunk: int = 256) -> tuple[Ten
     return torch.cat([p["x"] for p in parts]), torch.cat([p["y"] for p in parts])
 
 
-def in_chunks(call: Callable[[Tensor], Array], x: Tensor, chunk: int = 256) -> Array:
+def in_chunks(call: Extractor, x: Tensor, chunk: int = 64) -> Array:
     """``call`` over x in parts, so that memory does not grow with the set."""
-    return np.concatenate([call(part) for part in x.split(chunk)])
+    from tqdm import tqdm
+
+    parts = tqdm(x.split(chunk), desc=f"features {call.name}", leave=False, delay=2, disable=None)  # None: only on a terminal
+    return np.concatenate([call(part) for part in parts])
+
+
+def remembered(call: Extractor, x: Tensor) -> Array:
+    """``in_chunks`` of real pictures, kept in the cache where the extractor is slow and the same for all data."""
+    if call.name not in FIXED:
+        return in_chunks(call, x)
+    path = cache_dir("features") / f"{call.name}-{_content(f'{call.name}, {call.rule}', x)}.safetensors"
+    try:
+        return read_tensors(path, {"features": (len(x), call.dim)})["features"].numpy()
+    except (WeightsError, OSError):
+        found = in_chunks(call, x)
+    keep(path, {"features": torch.from_numpy(found)})
+    return found
 
 
 class PixelPCA:
@@ -52,6 +71,7 @@ class PixelPCA:
         self.mean, self.axes, self.side = mean, axes, side  # (P,), (P, dim)
         self.dim = axes.shape[1]
         self.name = f"pca{self.dim}"
+        self.rule = f"averaged to at most {side} x {side}"
 
     @classmethod
     def fit(cls, x: Tensor, dim: int = 64, side: int = 32) -> PixelPCA:
@@ -77,6 +97,7 @@ class Classifier(nn.Module):
     """A small convolutional classifier; its features are the 64 numbers before the last layer, each of unit variance on real data."""
 
     dim = 64
+    rule = "as they are"
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -116,13 +137,14 @@ STEPS, BATCH, RATE = 200, 128, 2e-3
 
 def fit_classifier(x: Tensor, y: Tensor, num_classes: int) -> Classifier:
     """Trained on x (N, C, H, W), y (N,) with a fixed seed; the weights are cached by the content of the data."""
-    model, path = _new_classifier(x.shape[1], num_classes), cache_dir("classifiers") / f"{_content(x, y)}.safetensors"
+    key = _content(f"classifier 1, {STEPS} x {BATCH} at {RATE}", x, y)
+    model, path = _new_classifier(x.shape[1], num_classes), cache_dir("classifiers") / f"{key}.safetensors"
     try:
         model.load_state_dict(read_tensors(path, {k: tuple(v.shape) for k, v in model.state_dict().items()}))
     except (WeightsError, OSError):
         _train(model, x, y)
         model.standardise(x)
-        _keep(path, model)
+        keep(path, {k: v.detach() for k, v in model.state_dict().items()})
     return model.eval()
 
 
@@ -148,33 +170,54 @@ def _train(model: Classifier, x: Tensor, y: Tensor) -> None:
             schedule.step()
 
 
-def _content(x: Tensor, y: Tensor) -> str:
-    """Names the weights by all that decides them."""
-    digest = hashlib.sha256(f"classifier 1, {STEPS} x {BATCH} at {RATE}, torch {torch.__version__}, {tuple(x.shape)}".encode())
-    for u in (x, y):
+def _content(what: str, *tensors: Tensor) -> str:
+    """Names what is cached by all that decides it: what is done, and to which numbers."""
+    digest = hashlib.sha256(f"{what}, torch {torch.__version__}".encode())
+    for u in tensors:
+        digest.update(f"{tuple(u.shape)}".encode())
         digest.update(u.contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
-def _keep(path: Any, model: Classifier) -> None:
+def keep(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors that can be made again, if the cache can be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, {k: v.detach() for k, v in model.state_dict().items()}, {})
+        write_tensors(path, tensors, {})
     except OSError:
-        pass  # a cache that cannot be written costs two seconds next time, nothing else
+        pass  # a cache that cannot be written costs time next time, nothing else
 
 
-EXTRACTORS: dict[str, Callable[[Tensor, Tensor, int], Extractor]] = {
+def _classifier(x: Tensor, y: Tensor | None, num_classes: int) -> Extractor:
+    if y is None:
+        allowed = ", ".join(n for n in (*FITTED, *FIXED) if n != "classifier")
+        raise DitkitError("the features 'classifier' are learned from class labels, and the data have captions", allowed=allowed)
+    return fit_classifier(x, y, num_classes)
+
+
+def _efficientnet() -> Extractor:
+    from .efficientnet import EfficientNetLite0
+
+    return EfficientNetLite0.load()
+
+
+FITTED: dict[str, Callable[[Tensor, Tensor | None, int], Extractor]] = {
     "pca64": lambda x, y, num_classes: PixelPCA.fit(x),
-    "classifier": fit_classifier,
+    "classifier": _classifier,
 }
+"""Name -> extractor fitted to real pictures x (N, C, H, W), their labels y (N,) if there are any, and the number of classes."""
+FIXED: dict[str, Callable[[], Extractor]] = {"efficientnet-lite0": _efficientnet}
+"""Name -> extractor that is the same for all data."""
 
 
-def extractor(name: str, x: Tensor, y: Tensor, num_classes: int) -> Extractor:
-    """The extractor of that name, fitted to real pictures x (N, C, H, W) and their labels y (N,)."""
-    if name not in EXTRACTORS:
-        raise DitkitError(f"there is no extractor {name!r}", allowed=", ".join(EXTRACTORS), hint=nearest(name, EXTRACTORS))
-    return EXTRACTORS[name](x, y, num_classes)
+def extractor(name: str, x: Tensor, y: Tensor | None = None, num_classes: int = 0) -> Extractor:
+    """The extractor of that name, fitted, where it is fitted, to real pictures x (N, C, H, W) and their labels y (N,)."""
+    if name in FIXED:
+        return FIXED[name]()
+    if name in FITTED:
+        return FITTED[name](x, y, num_classes)
+    known = (*FITTED, *FIXED)
+    raise DitkitError(f"there is no extractor {name!r}", allowed=", ".join(known), hint=nearest(name, known))
 
 
 class LabelReader:

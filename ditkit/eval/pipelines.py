@@ -17,14 +17,17 @@ from tqdm import tqdm
 
 from ditkit.conditioning.inputs import takes_text
 from ditkit.core.errors import DitkitError
-from ditkit.methods.specs import Spec
+from ditkit.methods.specs import Spec, parse_spec
 from ditkit.output import Output
 from ditkit.pipeline import Pipeline
 
 from .bench import BenchResult, Candidate, interleave, run_bench
+from .captions import CaptionJudge
 from .counters import count, parameters, weight_bytes
 from .drift import drift
-from .quality import Judge, Quality
+from .features import Extractor, in_chunks
+from .metrics import Array
+from .quality import Judge, Quality, feature_drift
 
 EXACT = 1e-4  # a variant this close to the base is as good: fewer steps are no rival to it
 
@@ -36,7 +39,7 @@ class Variant:
     name: str
     pipe: Pipeline
     eager: Pipeline
-    grain: str = ""
+    compilation: str = ""  # as Spec.compilation
     num_inference_steps: int | None = None  # None: the bundle's
     equal_time_to: tuple[str, ...] = ()
 
@@ -76,11 +79,11 @@ def variants(pipes: Mapping[str, Pipeline], specs: Sequence[Spec] = ()) -> list[
     """The pipelines, and the first of them with each spec; a compiled accelerator brings the compiled base with it."""
     found = [Variant(name, pipe, pipe) for name, pipe in pipes.items()]
     base = found[0]
-    grains = dict.fromkeys(s.grain for s in specs if s.grain)
-    plain = [Spec(f"compile:grain={g}", (), g) for g in grains if not any(s.grain == g and not s.methods for s in specs)]
+    ways = dict.fromkeys(s.compilation for s in specs if s.compilation)
+    plain = [parse_spec(way) for way in ways if not any(s.compilation == way and not s.methods for s in specs)]
     for spec in (*plain, *specs):
         eager = base.pipe.with_methods(*spec.build()) if spec.methods else base.pipe
-        found.append(Variant(spec.text, eager.compile(spec.grain) if spec.grain else eager, eager, spec.grain))
+        found.append(Variant(spec.text, spec.compiled(eager), eager, spec.compilation))
     if len({v.name for v in found}) < len(found):
         raise DitkitError(f"{[v.name for v in found]}", allowed="every bundle and every spec once")
     return found
@@ -89,8 +92,9 @@ def variants(pipes: Mapping[str, Pipeline], specs: Sequence[Spec] = ()) -> list[
 def compare_pipelines(
     todo: Sequence[Variant],
     setting: Setting,
-    judge: Judge | None = None,
+    judge: Judge | CaptionJudge | None = None,
     *,
+    drift_on: Extractor | None = None,
     suite: str = "pipelines",
     command: str = "",
     progress: bool = True,
@@ -98,8 +102,12 @@ def compare_pipelines(
     """Benchmark variants; the first is the base. Returns the result and the samples of each row, by name.
 
     Outputs are compared and judged first, then fewer-step rows are added, then everything is timed interleaved.
+
+    Args:
+        judge: of the samples; a ``CaptionJudge`` of as many captions as there are samples.
+        drift_on: an extractor on whose features each variant's drift from the base is measured too.
     """
-    work = _Work(setting, judge, progress)
+    work = _Work(setting, judge, drift_on, progress)
     for v in todo:
         work.add(v)
     work.add_fewer_steps(todo)
@@ -120,8 +128,9 @@ def compare_pipelines(
 class _Work:
     """Builds the candidates, one variant after the other."""
 
-    def __init__(self, setting: Setting, judge: Judge | None, progress: bool) -> None:
-        self.setting, self.judge, self.progress = setting, judge, progress
+    def __init__(self, setting: Setting, judge: Judge | CaptionJudge | None, drift_on: Extractor | None, progress: bool) -> None:
+        self.setting, self.judge, self.drift_on, self.progress = setting, judge, drift_on, progress
+        self._base: Array | None = None  # features of the base's samples
         if judge is not None:
             judge.check_number(setting.num_samples)
         self.order: list[Variant] = []
@@ -169,7 +178,7 @@ class _Work:
         calls = {v.name: self.candidates[v.name].call for v in self.order}
         times = interleave(calls, repeats=3, warmups=1, device=str(todo[0].pipe.device), progress=self.progress)
         for v in lossy:
-            base = next((u for u in todo if not u.methods and u.grain == v.grain), todo[0])
+            base = next((u for u in todo if not u.methods and u.compilation == v.compilation), todo[0])
             steps = max(1, round(self.steps(base) * times[v.name].median / times[base.name].median))
             if steps >= self.steps(base):
                 self._note(v.name, "not faster than the base here, so no row with fewer steps")
@@ -195,7 +204,7 @@ class _Work:
     def _told(self, pipe: Pipeline, num: int) -> list[Any]:
         """What the pictures are asked to show: the judge's labels, some captions of the test data in turn, or all classes in turn."""
         if self.judge is not None:
-            return self.judge.labels(num).tolist()
+            return self.judge.told(num)
         if takes_text(pipe.model):
             captions = pipe.config.data.captions
             if not captions:
@@ -216,7 +225,15 @@ class _Work:
         return Samples(torch.cat([out.x, *rest])[:num], cold, out.report["methods"])
 
     def _quality(self, x: Tensor) -> Quality | None:
-        return self.judge(x, self.judge.labels(len(x)), full=False) if self.judge is not None else None
+        """The judge's figures, and the drift of features from the first variant's."""
+        judge, e = self.judge, self.drift_on
+        known: dict[str, Array] = {} if judge is None else judge.distances.features(x)
+        scores = () if judge is None else judge(x, judge.told(len(x)), full=False, features=known).scores  # type: ignore[arg-type]
+        if e is None:
+            return Quality(scores) if scores else None
+        mine = known[e.name] if e.name in known else in_chunks(e, x)
+        self._base = mine if self._base is None else self._base
+        return Quality((*scores, feature_drift(e, mine, self._base)))
 
 
 def notes_of(report: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:

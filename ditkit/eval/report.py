@@ -19,6 +19,7 @@ from ditkit.core.files import atomic_file
 
 from .bench import BenchResult, Row
 from .charts import Axis, Series, chart, legend
+from .quality import Score
 from .table import decibels, giga, megabytes, seconds, three
 
 STYLE = Path(__file__).with_name("report.css")
@@ -358,8 +359,14 @@ def _about(story: Story) -> str:
     scored = next((r.quality for r in result.rows if r.quality), None)
     for s in scored.scores if scored else ():
         if s.metric in ("frechet", "label agreement"):
-            facts[f"{s.metric.replace('frechet', 'Fréchet distance')}, {s.extractor}"] = f"{s.num_samples} samples against {s.reference}"
+            facts[f"{s.metric.replace('frechet', 'Fréchet distance')}, {s.extractor}"] = _measured(s)
     items = "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items() if v)
     commands = "\n".join(escape(c) for c in story.next_steps)
     go_on = f"<h2>Go on</h2><pre><code>{commands}</code></pre>" if commands else ""
     return f"{go_on}<h2>How it was measured</h2><dl>{items}</dl>"
+
+
+def _measured(s: Score) -> str:
+    """How many samples against what, and how pictures enter the extractor."""
+    rule = f"; pictures {s.settings['input']}" if "input" in s.settings else ""
+    return f"{s.num_samples} samples against {s.reference}{rule}"

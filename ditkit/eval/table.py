@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .bench import BenchResult, Row
-from .quality import Quality
+from .quality import Quality, Score
 
 
 def table(result: BenchResult) -> str:
@@ -22,21 +22,43 @@ def table(result: BenchResult) -> str:
 
 def quality_table(quality: Quality, record: Mapping[str, Any]) -> str:
     """One line a figure, beside that of held-out real data, with what it was measured on."""
-    heads = ["", "value", "95 % interval", "real", "measured on"]
-    lines = [heads]
-    for s in quality.scores:
-        interval = "" if s.low is None or s.high is None else f"{s.low:.3f} - {s.high:.3f}"
-        lines.append([s.metric, f"{s.value:.4f}", interval, "" if s.real is None else f"{s.real:.4f}", s.extractor])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-    text = ["  ".join(u.rjust(w) if 0 < i < 4 else u.ljust(w) for i, (u, w) in enumerate(zip(line, widths))).rstrip() for line in lines]
-    first, g = quality.scores[0], record["guidance"]
+    heads = ["", "value", "95 % interval", "real", "chance", "measured on"]
+    lines = [heads, *(_quality_line(s) for s in quality.scores)]
+    if not any(line[4] for line in lines[1:]):
+        lines = [line[:4] + line[5:] for line in lines]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    last = len(widths) - 1
+    text = ["  ".join(u.rjust(w) if 0 < i < last else u.ljust(w) for i, (u, w) in enumerate(zip(line, widths))).rstrip() for line in lines]
+    g = record["guidance"]
     methods = "".join(f", {m['label']}" for m in record["methods"])
     how = f"{record['solver']}, {record['num_inference_steps']} steps, guidance {g['scale']:g} ({g['channels']}){methods}"
-    tail = [
-        f"{first.num_samples} samples ({how}) against {first.reference}",
-        "real: the same figures of held-out real data, as many where there are",
-    ]
-    return "\n".join([text[0], "  ".join("-" * w for w in widths), *text[1:], "", *tail]) + "\n"
+    return "\n".join([text[0], "  ".join("-" * w for w in widths), *text[1:], "", *_quality_notes(quality, how)]) + "\n"
+
+
+def _quality_line(s: Score) -> list[str]:
+    interval = "" if s.low is None or s.high is None else f"{s.low:.3f} - {s.high:.3f}"
+    name = f"{s.metric} *" if s.settings.get("biased") else s.metric
+    rest = ["" if u is None else f"{u:.4f}" for u in (s.real, s.chance)]
+    return [name, f"{s.value:.4f}", interval, *rest, s.extractor]
+
+
+def _quality_notes(quality: Quality, how: str) -> list[str]:
+    """Sets and numbers, how pictures were taken, and what the columns are."""
+    sets: dict[tuple[int, str], list[str]] = {}
+    for s in quality.scores:
+        sets.setdefault((s.num_samples, s.reference), []).append(s.metric)
+    notes = []
+    for (num, reference), metrics in sets.items():
+        which = f"{', '.join(dict.fromkeys(metrics))}: " if len(sets) > 1 else ""
+        notes.append(f"{which}{num} samples ({how}) against {reference}")
+    notes.append("real: the same figures of held-out real data, as many where there are")
+    if any(s.chance is not None for s in quality.scores):
+        notes.append("chance: the same figures for other captions of those asked")
+    inputs = {s.extractor: s.settings["input"] for s in quality.scores if "input" in s.settings}
+    notes.append("pictures enter " + "; ".join(f"{name}: {rule}" for name, rule in inputs.items()))
+    if biased := next((s for s in quality.scores if s.settings.get("biased")), None):
+        notes.append(f"* biased upwards: fewer pictures than the {biased.settings['dim']} features; compare it with its real figure alone")
+    return notes
 
 
 def seconds(value: float) -> str:
@@ -96,8 +118,15 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "peak MB": lambda r: megabytes(r.peak_memory_bytes) if r.peak_memory_bytes else "",
     "PSNR dB": lambda r: decibels(r.drift.psnr) if r.drift else "",
     "rel. error": lambda r: f"{r.drift.relative_l2:.1e}" if r.drift and r.drift.relative_l2 else "",
+    "feat. drift": lambda r: score(r, "feature drift", 3),
     "Frechet": lambda r: score(r, "frechet"),
+    "KID x 1000": lambda r: score(r, "kid", 2, 1000),
     "labels %": lambda r: score(r, "label agreement", 1, 100),
+    "object %": lambda r: score(r, "object", 1, 100),
+    "color %": lambda r: score(r, "color", 1, 100),
+    "relation %": lambda r: score(r, "relation", 1, 100),
+    "recall@1 %": lambda r: score(r, "recall@1", 1, 100),
+    "recall@5 %": lambda r: score(r, "recall@5", 1, 100),
 }
 
 
@@ -120,7 +149,10 @@ def _notes(result: BenchResult) -> list[str]:
     notes = [f"{row.name}: {note}" for row in result.rows for note in row.notes]
     scored = next((row.quality for row in result.rows if row.quality is not None), None)
     for s in scored.scores if scored else ():
-        if s.metric in ("frechet", "label agreement"):
-            real = "" if s.real is None else f"; held-out real data: {s.real:.3f}"
-            notes.append(f"{s.metric}: {s.extractor}, {s.num_samples} samples against {s.reference}{real}")
+        real = "" if s.real is None else f"; held-out real data: {s.real:.3f}"
+        chance = "" if s.chance is None else f"; by chance: {s.chance:.3f}"
+        between = f"; between different pictures: {s.settings['between_pictures']:.3f}" if "between_pictures" in s.settings else ""
+        few = "; biased upwards, fewer pictures than features" if s.settings.get("biased") else ""
+        where = f"{s.extractor} ({s.settings['input']})" if "input" in s.settings else s.extractor
+        notes.append(f"{s.metric}: {where}, {s.num_samples} samples against {s.reference}{real}{chance}{between}{few}")
     return notes

@@ -1,5 +1,6 @@
-"""Weight files of others. Pickle is read with torch's ``weights_only`` and no fallback, and only where a user converts or verifies:
-a file that holds anything but tensors, plain data and the ``argparse.Namespace`` of a training script is refused.
+"""Weight files of others. Pickle is read with torch's ``weights_only`` and no fallback, and only where a user converts or verifies,
+and once for a packaged network whose file is known by its hash (``eval/efficientnet.py``). A file that holds anything but tensors,
+plain data and the ``argparse.Namespace`` of a training script is refused.
 """
 
 from __future__ import annotations

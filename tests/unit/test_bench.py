@@ -332,7 +332,7 @@ def test_the_verb_prints_a_table_and_writes_a_file(tmp_path: Path, capsys: pytes
 
 def test_the_eval_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pipeline(3).save_pretrained(tmp_path / "model")
-    common = [str(tmp_path / "model"), "--extractors", "pca64", "--no-progress"]
+    common = [str(tmp_path / "model"), "--features", "pca64", "--no-progress"]
     assert eval_verb.main([*common, "--num-samples", "70", "--methods", "fora:interval=2", "--out", str(tmp_path / "eval.json")]) == 0
     text = capsys.readouterr().out
     assert "70 samples (euler, 3 steps, guidance 2 (all), fora) against digits/train, 1437 samples" in text
