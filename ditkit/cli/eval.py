@@ -129,8 +129,8 @@ def _write(path: Path, quality: Quality, out: Output, judge: Judge | CaptionJudg
     if isinstance(judge, CaptionJudge):
         asked = judge.asked
         data["captions"] = list(asked.captions)
-        sheet = path.with_suffix(".png")
-        save_png(sheet, caption_grid(asked.captions, out.x, asked.real), data["protocol"])
+        sheet, credit = path.with_suffix(".png"), ", ".join(asked.licence.values())
+        save_png(sheet, caption_grid(asked.captions, out.x, asked.real, credit=credit), {**data["protocol"], **asked.licence})
         sys.stdout.write(f"{sheet}\n")
     write_json(path, plain(data))
     sys.stdout.write(f"{path}\n")

@@ -56,6 +56,11 @@ class Asked:
     rows: np.ndarray
     reference: str
 
+    @property
+    def licence(self) -> dict[str, str]:
+        """``licence`` and ``credit``, where what shows the real pictures must name them."""
+        return {k: getattr(self.data, k) for k in ("licence", "credit") if hasattr(self.data, k)}
+
 
 def usual_number(name: str) -> int:
     """Captions asked of a data set unless the caller says how many."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ditkit.core.cache import cache_dir
 from ditkit.core.errors import DitkitError, WeightsError
@@ -39,8 +39,8 @@ class EfficientNetLite0:
     name, dim = "efficientnet-lite0", 1280
     rule = f"bicubic, antialiased, to {SIDE} x {SIDE}"
 
-    def __init__(self, network: nn.Module) -> None:
-        self.network: Any = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    def __init__(self, network: Any) -> None:
+        self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     @classmethod
     def load(cls) -> EfficientNetLite0:

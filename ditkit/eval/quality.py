@@ -82,7 +82,7 @@ class Distances:
         dim = max((e.dim for e in self.extractors if e.dim <= WIDE), default=3)
         if num <= dim:
             reason = f": the features are {dim} numbers" if dim > 3 else ", for precision and recall"
-            raise DitkitError(f"num_samples is {num}", allowed=f"{dim + 1} or more{reason}", hint="360 is the default")
+            raise DitkitError(f"num_samples is {num}", allowed=f"{dim + 1} or more{reason}", hint="ask for more")
 
     def features(self, x: Tensor) -> dict[str, Array]:
         """Of samples, by extractor."""
