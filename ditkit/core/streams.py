@@ -29,12 +29,14 @@ class Layout(NamedTuple):
     segment: Tensor | None = None  # (b, N) sample, frame or clip number; None: all 0
     known: Tensor | None = None  # (b, N) bool, True: given, not to be made; None: none is
     valid: Tensor | None = None  # (b, N) bool, False: padding; None: no padding
+    length: Tensor | None = None  # (b,) tokens of the whole stream that are no padding, where only some of the rows are here
 
     def take(self, idx: Tensor) -> Layout:
         """The rows ``idx`` (B, n) of this layout."""
         whole = idx if self.idx is None else rows(self.idx, idx)
-        picked = [None if u is None else rows(u, idx) for u in (self.role, self.segment, self.known, self.valid)]
-        return Layout(rows(self.coords, idx), self.total, None, whole, *picked)
+        role, segment, known, valid = (None if u is None else rows(u, idx) for u in (self.role, self.segment, self.known, self.valid))
+        length = self.valid.sum(1) if self.length is None and self.valid is not None else self.length
+        return Layout(rows(self.coords, idx), self.total, None, whole, role, segment, known, valid, length)
 
 
 class Stream(NamedTuple):

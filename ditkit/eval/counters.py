@@ -144,11 +144,12 @@ def count_run(
 
     for i in run.steps():
         key = _pattern(run, first=i == 0)
-        held.clear()
         if x.is_meta and key in seen and not own_work:
             for name in prepared:
                 run.begin(name)
+            run.close(held[0])  # a method may decide here for the next step
         else:
+            held.clear()
             cost = count(step, view)
             seen[key] = _with_io(cost, x, held[0])
         costs.append(seen[key])

@@ -153,10 +153,11 @@ def scaled(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
 
 
 def sharpening(layout: Layout, base: int, dtype: torch.dtype) -> Any:
-    """sqrt(log N / log base) for N tokens: a number or, where samples are padded, (B, 1, 1, 1)."""
+    """sqrt(log N / log base) for the N tokens of the whole stream: a number or, where samples are padded, (B, 1, 1, 1)."""
     if layout.valid is None:
         return math.sqrt(math.log(layout.total) / math.log(base))
-    return (layout.valid.sum(1).log() / math.log(base)).sqrt().to(dtype)[:, None, None, None]
+    length = layout.valid.sum(1) if layout.length is None else layout.length
+    return (length.log() / math.log(base)).sqrt().to(dtype)[:, None, None, None]
 
 
 class ScaleHead(nn.Module):

@@ -1,10 +1,13 @@
-"""The SD3 under ras-sd3.safetensors: the network at its dense steps, and diffusers' doubly shifted times. RAS itself is a method."""
+"""RAS on the SD3 of ras-sd3.safetensors: the network at its dense steps, diffusers' doubly shifted times, the accelerated loop."""
 
 import pytest
 import torch
 from golden import load_diffusers, open_golden, relative
 
+from ditkit.core.run import Run
+from ditkit.core.view import with_methods
 from ditkit.diffusion.flow import Flow
+from ditkit.methods.efficiency.ras import RAS
 
 G = open_golden("ras-sd3")
 pytestmark = pytest.mark.parity
@@ -32,3 +35,36 @@ def test_the_network_at_dense_steps(flow):
         assert relative(v, G["out/v"][step]) <= 1e-5
         guided = v[0] + G.config["guidance"] * (v[1] - v[0])
         assert relative(states[step] + (times[step + 1] - times[step]).float() * guided, states[step + 1]) <= 1e-5
+
+
+@torch.no_grad()
+def test_accelerated_trajectory_selections_and_caches(flow):
+    """Guided by a batch of two for one picture; outputs of tokens that are left out are zero in the file, and kept here."""
+    ras, scale, x = G.config["ras"], G.config["guidance"], G["in/x"]
+    method = RAS(
+        selection="released",
+        sample_ratio=ras["ratio"],
+        **{name: ras[name] for name in ("start", "end", "metric", "high_ratio")},
+        resets=tuple(ras["resets"]),
+        ramp=ras.get("skip_num_step", 0),
+        ramp_length=ras.get("skip_num_step_length") or 4,
+    )
+    model = load_diffusers(G, "mmdit", G.config["model"])
+    view, times = with_methods(model, method), flow.times(STEPS, "twice")
+    prepared, run = view.prepare(text=G["in/text"], pooled=G["in/pooled"]), Run(view, STEPS)
+    memory = run.memory["ras"]
+    for k in run.steps():
+        v = view(x.expand(2, -1, -1, -1), flow.network_time(times[k].expand(2)), prepared, run=run)
+        went = torch.ones_like(v[0, 0].flatten())
+        if f"out/active/{k}" in G.names:
+            active = memory["active", 0][0]
+            assert torch.equal(active, G[f"out/active/{k}"].sort().values)
+            went = torch.zeros_like(went).index_fill(0, memory["patches"].pixels[active].flatten(), 1)
+        assert relative(v * went.view_as(v[0, 0]), G["out/v"][k]) <= 1e-5
+        guided = run.close(v[:1] + scale * (v[1:] - v[:1]))
+        x = x + (times[k + 1] - times[k]).float() * guided
+        assert relative(x[0], G["out/x"][k]) <= 1e-5
+    for i in range(len(model.blocks)):
+        for name in ("k", "v"):
+            cache = run.slots["ras", i, "", 0][f"attn.{name}"]
+            assert relative(cache.transpose(1, 2).flatten(2), G[f"out/{name}_cache/{i}"]) <= 1e-5

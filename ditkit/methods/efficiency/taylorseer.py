@@ -38,6 +38,7 @@ class TaylorSeer(Method):
 
     config_class = TaylorSeerConfig
     owns = frozenset({"reuse"})
+    needs = frozenset({"static tokens"})  # the steps since the last full one are the same for all tokens
     scheduled = True
 
     def full(self, step: int, num_steps: int) -> bool:
