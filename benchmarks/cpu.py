@@ -10,6 +10,7 @@ Look at the load: beside other jobs, two threads wait for each other and all fig
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,8 @@ def forward_rows(ours: DiT, theirs: Any, backend: str, batch: int = 2) -> list[C
         "ours, compiled by step": (compile_view(ours, "step", backend=backend), 1e-5),
         "ours, int8, compiled by step": (compile_view(quantised, "step", backend=backend), None),
     }
+    if backend == "inductor" and importlib.util.find_spec("openvino"):
+        views["ours, OpenVINO by step"] = (compile_view(ours, "step", engine="openvino"), 1e-5)
     y = cond["y"]
     rows = [
         Candidate("diffusers, eager", torch.no_grad()(lambda: theirs(x, t, class_labels=y).sample), batch, cost),

@@ -19,6 +19,7 @@ from .backbone import Backbone, count_graphs, run_blocks
 from .errors import Conflict, DitkitError
 from .method import Method, check_conflicts, order
 
+ENGINES = ("inductor", "openvino")
 _views: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
 
 
@@ -114,18 +115,24 @@ def keep_blocks(model: Backbone, keep: Sequence[int]) -> Backbone:
 
 
 def compile_view(
-    model: Backbone, grain: str = "block", *, num_steps: int | None = None, backend: Any = "inductor", **options: Any
+    model: Backbone, grain: str = "block", *, engine: str = "inductor", num_steps: int | None = None, backend: Any = None, **options: Any
 ) -> Backbone:
     """A view whose blocks are compiled, full graph.
 
     Args:
         grain: "block": one graph per block kind and mode, seconds to start, any number of patterns; "step": the trunk as
             one graph for each distinct step pattern, faster per step.
+        engine: what the graphs become: "inductor", torch's own, or "openvino" (CPU, fp32, sampling only; an extra).
         num_steps: if given, the number of graphs is computed from the schedule and dynamo's limit raised to it.
+        backend: one of dynamo's backends instead of an engine.
         options: for ``torch.compile``.
+
+    Raises:
+        DitkitError: no such grain or engine. MissingDependency: the engine is not installed.
     """
     if grain not in ("block", "step"):
         raise DitkitError(f"grain is {grain!r}", allowed="'block' or 'step'")
+    backend = _backend(engine) if backend is None else backend
     view = shallow(model)
     view.grain = grain
     # a code object of its own: its graphs are counted apart and freed with it
@@ -138,6 +145,17 @@ def compile_view(
     if num_steps is not None:
         allow_graphs(2 * count_graphs(view, num_steps))
     return view
+
+
+def _backend(engine: str) -> Any:
+    if engine not in ENGINES:
+        raise DitkitError(f"engine is {engine!r}", allowed=" or ".join(map(repr, ENGINES)))
+    if engine == "inductor":
+        return engine
+    from . import openvino
+
+    openvino.load()
+    return openvino.backend
 
 
 def allow_graphs(count: int) -> None:
