@@ -94,8 +94,8 @@ def _look(sequence: str) -> Iterator[_Seen]:
 def _gender(rest: tuple[int, ...]) -> tuple[Hashable, str, str] | None:
     """Role, gender and the words that ask for it; None for families and couples. Most things have one gender only: neutral."""
     if rest in _OTHERS:
-        role, gender, who = _OTHERS[rest]
-        return role, gender, f"make it {who}"
+        what, gender, who = _OTHERS[rest]
+        return what, gender, f"make it {who}"
     if rest[0] in _PERSONS:
         alone = not {*_PERSONS, *_CHILDREN} & {*rest[1:]}
         gender = _PERSONS[rest[0]]
