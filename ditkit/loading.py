@@ -1,18 +1,21 @@
 """From an opened bundle to a model in memory, tensor by tensor.
 
 The model is built without memory, each tensor is read, cast and moved in turn, and a method that drops a projection's weight
-(int8, codebooks) replaces it as soon as it is there: the peak is the result and one layer, not the base and the result.
+(int8, codebooks) replaces it as soon as it is there: the peak is the result and one layer, not the base and the result
+(``tests/unit/test_loading_memory.py`` counts it).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from ditkit.bundle import METHODS, MethodCard, Opened, Part, Validity, read_card
@@ -297,11 +300,27 @@ def _computed_buffers(model: Backbone, device: torch.device) -> None:
     """Buffers that are computed, not stored (tables), from a model that was built in memory."""
     if not any(b.is_meta for b in model.buffers()):
         return
-    real = dict(type(model)(model.config).named_buffers())  # type: ignore[call-arg]
+    with _without_parameters():
+        real = dict(type(model)(model.config).named_buffers())  # type: ignore[call-arg]
     for path, module in model.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = real[f"{path}.{name}".lstrip(".")].to(device)
+
+
+@contextmanager
+def _without_parameters() -> Iterator[None]:
+    """Modules that are made keep no parameter in memory, only their buffers."""
+
+    def empty(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(empty)
+    try:
+        with _NoInitialisation():
+            yield
+    finally:
+        hook.remove()
 
 
 def choose(dtype: str | torch.dtype, device: str | torch.device) -> tuple[torch.dtype, torch.device]:

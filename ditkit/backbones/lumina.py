@@ -197,7 +197,13 @@ class Lumina(Backbone):
         return _layout(grid, None, self.config.separated).total
 
     def prepare(  # type: ignore[override]
-        self, *, y: Tensor | None = None, text: Tensor | None = None, mask: Tensor | None = None, sizes: Tensor | None = None
+        self,
+        *,
+        y: Tensor | None = None,
+        text: Tensor | None = None,
+        mask: Tensor | None = None,
+        sizes: Tensor | None = None,
+        rope: tuple[Tensor, Tensor] | None = None,
     ) -> Prepared:
         """A text or class labels.
 
@@ -206,11 +212,12 @@ class Lumina(Backbone):
             text: (B, L, D_text) states of the text encoder.
             mask: (B, L) true where a token is; None: everywhere.
             sizes: (B, 2) height and width of each picture in the upper left of x, in latent pixels; nobody sees the rest. None: all of x.
+            rope: cos and sin (1, N, head width) of somebody else's rotary positions (diffusers' pipeline), instead of its own.
         """
         wanted = ["y"] if self.caption is None else ["text"]
         if (given := [name for name, value in (("y", y), ("text", text)) if value is not None]) != wanted:
             raise DitkitError(f"conditioning is {given}", allowed=f"{wanted}: this network is told by nothing else")
-        shared: dict[str, Any] = {"sizes": self._in_tokens(sizes)}
+        shared: dict[str, Any] = {"sizes": self._in_tokens(sizes), "rope": rope}
         if self.label is not None and y is not None:
             return Prepared({**shared, "label": self.label(self.label.check(y))[:, None]})
         assert self.caption is not None
@@ -249,7 +256,8 @@ class Lumina(Backbone):
         grid, sizes = self.patch_embed.grid(x), shared["sizes"]
         layout = self._layout_of(x, grid, sizes)
         c = self.time(self._token_times(t, grid)) + shared["label"]
-        img = Stream(self._tokens(x, grid, layout), layout, c, self._positions(t, grid, sizes, x.device))
+        rope = shared["rope"] or self._positions(t, grid, sizes, x.device)
+        img = Stream(self._tokens(x, grid, layout), layout, c, rope)
         return {"img": img} if self.caption is None else {"img": img, "text": Stream(shared["text"], shared["layout"])}
 
     def _layout_of(self, x: Tensor, grid: Grid, sizes: Sizes) -> Layout:

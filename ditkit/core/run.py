@@ -72,6 +72,7 @@ class Run:
         self.t: Tensor | None = None  # the network time of the forward under way, and its conditioning
         self.prepared: Prepared | None = None
         self.times: Tensor | None = None  # (num_steps,) or (num_steps, B) network times at which steps start, where a solver knows them
+        self.public_times: Tensor | None = None  # (num_steps,) the same in public time: 1 is noise, 0 is data
         self.guidance_pass: Hashable = ""
         self.evaluation = 0
         self.slots: dict[Hashable, Slots] = defaultdict(dict)  # (method, block, pass, evaluation) -> tensors
@@ -88,9 +89,13 @@ class Run:
     def steps(self) -> Iterator[int]:
         """The steps in order; a solver iterates over these."""
         for step in range(self.num_steps):
-            self.step = step
-            self._count.clear()
+            self.enter(step)
             yield step
+
+    def enter(self, step: int) -> None:
+        """A step begins, for a loop that is not ours: a foreign solver's. Steps may be left out, and none comes again."""
+        self.step = step
+        self._count.clear()
 
     def begin(self, guidance_pass: Hashable) -> None:
         """A forward begins: which pass, which evaluation within the step. A pass that skipped a step starts anew."""
@@ -105,10 +110,17 @@ class Run:
         if self._last.get(key, self.step - 1) < self.step - 1:
             self._last.pop(key)
             self._shapes.pop(key, None)
-            for slot in [s for s in self.slots if s[2:] == key]:  # type: ignore[index]
-                del self.slots[slot]
+            self._drop(key)
         self.first = key not in self._last
         self._last[key] = self.step
+
+    def leave(self) -> None:
+        """After the last forward of a pass: what was kept for later steps is let go."""
+        self._drop((self.guidance_pass, self.evaluation))
+
+    def _drop(self, key: tuple[Hashable, int]) -> None:
+        for slot in [s for s in self.slots if s[2:] == key]:  # type: ignore[index]
+            del self.slots[slot]
 
     def check_shapes(self, s: Streams) -> None:
         """Within a run, a pass keeps its batch and token counts: what was kept would not fit otherwise."""

@@ -9,6 +9,7 @@ between that of the posterior and that of the noising step. The variance learns 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -169,9 +170,10 @@ class Gaussian(Process):
         return ((u * steps).floor() + 1).clamp(max=steps) / steps
 
     def grid(self, num_steps: int, spacing: str) -> Tensor:
-        """``spacing``: linspace (the official "K"), ddim (the official "ddimK"), leading, trailing and dpm (diffusers'), or
-        the official sections ("10,15,20", whose sum must be num_steps). One step of linspace starts at t = 1.
-        uniform: equal steps from t = 1 to 1 / T, between levels too, as the released DPM-Solver has them (PixArt): not to data."""
+        """``spacing``: linspace (the official "K"), ddim (the official "ddimK"), leading, trailing and dpm (diffusers'), "leading+1"
+        (all levels one up: diffusers' steps_offset), or the official sections ("10,15,20", whose sum must be num_steps). One step of
+        linspace starts at t = 1. uniform: equal steps from t = 1 to 1 / T, between levels too, as the released DPM-Solver has them
+        (PixArt): not to data."""
         steps = self.config.num_train_steps
         if spacing == "linspace":
             index = respace(steps, str(num_steps)) if num_steps > 1 else [steps - 1]
@@ -181,6 +183,10 @@ class Gaussian(Process):
             return torch.linspace(1, 1 / steps, num_steps + 1, dtype=torch.float64)
         elif spacing in ("leading", "trailing", "dpm"):
             index = respace(steps, f"{spacing}{num_steps}")
+        elif re.fullmatch(r"leading\+\d+", spacing):
+            index = [n + int(spacing.removeprefix("leading+")) for n in respace(steps, f"leading{num_steps}")]
+            if index[-1] >= steps:
+                raise DitkitError(f"spacing {spacing!r} of {num_steps} steps starts at level {index[-1]}", allowed=f"0 to {steps - 1}")
         elif spacing.replace(",", "").replace(" ", "").isdigit():
             index = respace(steps, spacing)
         else:

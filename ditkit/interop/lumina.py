@@ -7,6 +7,7 @@ text alone, stores queries and their norm twice, and is given the rotary table a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -351,6 +352,11 @@ def config_from_diffusers(values: Mapping[str, Any], where: str = "config.json",
         norm_eps=cfg.norm_eps,
         **ours.scaling(),
     )
+
+
+def text_encoder(folder: Path, config: LuminaConfig) -> Part:
+    """Gemma, as LuminaPipeline asks it: the states before its last layer."""
+    return Part(name="transformers", config={"path": str(folder), "max_length": 256, "layer": -2, "lower_case": True})
 
 
 def config_to_diffusers(config: LuminaConfig) -> dict[str, Any]:

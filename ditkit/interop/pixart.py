@@ -7,12 +7,13 @@ convolution; diffusers splits q, k and v, has no null caption, and no place for 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from ditkit.bundle import Part, Sampling
-from ditkit.core.config import Config
+from ditkit.core.config import Config, read_data
 from ditkit.core.errors import DitkitError, WeightsError
 
 from .hints import Hints, without_notes
@@ -343,6 +344,12 @@ def config_from_diffusers(values: Mapping[str, Any], where: str = "config.json",
         position_scale=max(cfg.sample_size // 64, 1) if cfg.interpolation_scale is None else cfg.interpolation_scale,
         **{**ours.to_dict(), "null_caption": False},
     )
+
+
+def text_encoder(folder: Path, config: PixArtConfig) -> Part:
+    """T5, as the pipelines ask it: with 120 tokens, Sigma's with 300."""
+    sigma = "Sigma" in str(read_data(folder / "model_index.json").get("_class_name"))
+    return Part(name="transformers", config={"path": str(folder), "max_length": 300 if sigma else 120, "lower_case": True})
 
 
 def config_to_diffusers(config: PixArtConfig) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class _Betas(Config):
     trained_betas: None = None
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
     timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
-    steps_offset: Literal[0] = 0
+    steps_offset: int = Field(0, ge=0)  # only of the spacing "leading"
     thresholding: Literal[False] = False
     dynamic_thresholding_ratio: float = 0.995
     sample_max_value: float = 1.0
@@ -122,15 +122,16 @@ def read_scheduler(path: Path, learned: bool) -> tuple[Part, Sampling]:
     if solver == "dpm++2m":
         spacing = "dpm" if cfg.timestep_spacing == "linspace" else cfg.timestep_spacing
         return process, Sampling(solver=solver, num_inference_steps=20, guidance={"scale": 4.5}, options={"spacing": spacing})
-    options = {"spacing": cfg.timestep_spacing, "clip": cfg.clip_sample}
+    offset = f"+{cfg.steps_offset}" if cfg.timestep_spacing == "leading" and cfg.steps_offset else ""
+    options = {"spacing": cfg.timestep_spacing + offset, "clip": cfg.clip_sample}
     return process, Sampling(solver=solver, num_inference_steps=50, guidance={"scale": 4.0}, options=options)
 
 
 def read_flow_scheduler(path: Path, process: Part, sampling: Sampling) -> tuple[Part, Sampling]:
     """``process`` and ``sampling`` with the shift of a FlowMatchEulerDiscreteScheduler's configuration.
 
-    A static shift is applied once, where diffusers applies it twice to the last step (``spacing="twice"`` has its times). Steps and
-    guidance are the pipeline's, not the scheduler's, and stay.
+    A static shift is applied once, where diffusers applies it twice to the last step (``spacing="twice"`` has its times). Steps,
+    guidance, and the spacing of a pipeline that makes its times itself (FLUX) are the pipeline's, not the scheduler's, and stay.
     """
     values = read_data(path)
     name = values.get("_class_name") if isinstance(values, dict) else None
@@ -142,7 +143,7 @@ def read_flow_scheduler(path: Path, process: Part, sampling: Sampling) -> tuple[
         settings: dict[str, Any] = {"resolution": "exponential", "mu": mu}
     else:
         settings = {"shift": cfg.shift, "num_train_steps": cfg.num_train_timesteps}
-    options = {"spacing": "uniform" if cfg.use_dynamic_shifting else "linspace"}
+    options = {"spacing": "uniform" if cfg.use_dynamic_shifting else "linspace", **sampling.options}
     told: dict[str, Any] = {key: process.config[key] for key in ("network_time", "discard_half") if key in process.config}
     return Part(name="flow", config={**told, **settings}), sampling.model_copy(update={"options": options})
 
@@ -161,7 +162,7 @@ def write_scheduler(config: BundleConfig) -> dict[str, Any] | None:
     cfg = GaussianConfig.parse(config.process.config, "process gaussian")
     name = {"ddpm": "DDPMScheduler", "dpm++2m": "DPMSolverMultistepScheduler"}.get(config.sampling.solver, "DDIMScheduler")
     options = config.sampling.options
-    spacing = options.get("spacing", "linspace")
+    spacing, _, offset = str(options.get("spacing", "linspace")).partition("+")
     scale = 1000 / cfg.num_train_steps
     start, end = cfg.beta_range or (1e-4 * scale, 0.02 * scale)
     values: dict[str, Any] = {
@@ -172,6 +173,7 @@ def write_scheduler(config: BundleConfig) -> dict[str, Any] | None:
         "beta_schedule": cfg.schedule,
         "prediction_type": {ours: theirs for theirs, ours in _PREDICTION.items()}[cfg.prediction],
         "timestep_spacing": spacing if spacing in ("leading", "trailing", "linspace") else "leading",
+        **({"steps_offset": int(offset)} if offset else {}),
     }
     if name == "DPMSolverMultistepScheduler":
         return {**values, "timestep_spacing": "trailing" if spacing == "trailing" else "linspace"}

@@ -48,7 +48,7 @@ def quantise_weight(weight: Tensor, saturates: bool = False) -> tuple[Tensor, Te
     size = neighbours(whole) if saturates else whole.abs()
     scale = size.amax(-1) / 127
     scale = torch.where(scale > 0, scale, 1.0)
-    return (whole / scale[:, None]).round().to(torch.int8), scale
+    return (whole / scale[:, None]).round_().to(torch.int8), scale
 
 
 def neighbours(weight: Tensor) -> Tensor:

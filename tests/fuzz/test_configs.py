@@ -230,7 +230,7 @@ SCHEDULER = {
         thresholding=[True],
         clip_sample_range=[2.0],
         trained_betas=[[0.1]],
-        steps_offset=[1],
+        steps_offset=[-1, 1000],
         rescale_betas_zero_snr=[True],
         timestep_spacing=["x"],
     ),

@@ -5,10 +5,13 @@ import pytest
 import torch
 from golden import relative
 
+from ditkit.bundle import BundleConfig, DataCard, Part
+from ditkit.core.errors import DitkitError
 from ditkit.diffusion.edm import EDM
 from ditkit.diffusion.flow import Flow
 from ditkit.diffusion.gaussian import Gaussian
 from ditkit.diffusion.solvers import SOLVERS
+from ditkit.interop.schedulers import read_scheduler, write_scheduler
 from ditkit.interop.verify import quiet_imports
 
 with quiet_imports():
@@ -108,6 +111,22 @@ def test_ddim_with_noise():
         x = scheduler.step(network(x, t), t, x, eta=0.7, generator=g).prev_sample
         states.append(x)
     same(ours("ddim", Gaussian(variance="fixed_small"), 50, spacing="leading", eta=0.7), torch.stack(states))
+
+
+@pytest.mark.parametrize(("cls", "solver"), [(DDIMScheduler, "ddim"), (DDPMScheduler, "ddpm")], ids=["ddim", "ddpm"])
+def test_steps_offset(cls, solver, tmp_path):
+    """As Hunyuan-DiT's scheduler has it: its file is read so, written back so, and samples so; levels beyond the last are refused."""
+    cls(clip_sample=False, steps_offset=1, beta_schedule="scaled_linear", prediction_type="v_prediction").save_config(tmp_path)
+    process, sampling = read_scheduler(tmp_path / "scheduler_config.json", learned=False)
+    assert (sampling.solver, sampling.options) == (solver, {"spacing": "leading+1", "clip": False})
+    config = BundleConfig(backbone=Part(name="dit"), process=process, data=DataCard(name="x", shape=(4, 8, 8)), sampling=sampling)
+    scheduler = cls.from_config(write_scheduler(config))
+    scheduler.set_timesteps(50)
+    assert scheduler.timesteps[-1] == 1
+    made = Gaussian(**{**process.config, "variance": "fixed_small"})
+    same(ours(solver, made, 50, spacing="leading+1"), theirs(scheduler))
+    with pytest.raises(DitkitError, match="starts at level 1000"):
+        made.times(1000, "leading+1")
 
 
 @pytest.mark.parametrize("prediction", list(NAMES))
