@@ -271,5 +271,5 @@ class _Recall:
         scores = []
         for k, value in found.top.items():
             bounds = share(round(value * found.num_samples), found.num_samples)
-            scores.append(Score(f"recall@{k}", *bounds, None, e.name, found.num_samples, reference, settings, found.chance[k]))
+            scores.append(Score(f"caption top-{k}", *bounds, None, e.name, found.num_samples, reference, settings, found.chance[k]))
         return scores

@@ -125,8 +125,8 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "object %": lambda r: score(r, "object", 1, 100),
     "color %": lambda r: score(r, "color", 1, 100),
     "relation %": lambda r: score(r, "relation", 1, 100),
-    "recall@1 %": lambda r: score(r, "recall@1", 1, 100),
-    "recall@5 %": lambda r: score(r, "recall@5", 1, 100),
+    "top-1 %": lambda r: score(r, "caption top-1", 1, 100),
+    "top-5 %": lambda r: score(r, "caption top-5", 1, 100),
 }
 
 

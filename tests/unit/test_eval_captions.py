@@ -107,7 +107,7 @@ def test_half_of_the_captions_name_only_pairs_never_trained_on() -> None:
 
 def test_real_pictures_score_all_and_empty_ones_nothing() -> None:
     judge = CaptionJudge(SCENES, 12)
-    best = judge(judge.asked.real, judge.told(12))
+    best = judge(judge.asked.real, judge.told(12), full=False)
     for name in ("object", "color", "relation"):
         for metric in (name, f"{name}, held-out pairs"):
             score = best[metric]
@@ -118,7 +118,7 @@ def test_real_pictures_score_all_and_empty_ones_nothing() -> None:
     assert best["object"].settings["num_objects"] == 12  # two a caption
     assert best["object"].chance < 0.7  # type: ignore[operator]  # of ten glyphs
     assert best["frechet"].value < 1e-9
-    none = figures(judge(torch.zeros_like(judge.asked.real)))
+    none = figures(judge(torch.zeros_like(judge.asked.real), full=False))
     assert all(none[name] == 0 for name in ("object", "color", "relation, held-out pairs"))
     assert none["frechet"] > best["frechet"].real > 0  # type: ignore[operator]
 
@@ -170,13 +170,13 @@ def test_recall_of_names(monkeypatch: pytest.MonkeyPatch) -> None:
     card = DataCard(name="emoji", config={"size": 8}, shape=(3, 8, 8))
     judge = CaptionJudge(card, 10)
     best = judge(judge.asked.real)
-    assert [best[f"recall@{k}"].value for k in (1, 5)] == [1, 1]
-    assert best["recall@1"].chance == 0
-    assert best["recall@1"].reference == "emoji, all 40 pictures"
-    assert best["recall@1"].settings["num_real"] == 40
+    assert [best[f"caption top-{k}"].value for k in (1, 5)] == [1, 1]
+    assert best["caption top-1"].chance == 0
+    assert best["caption top-1"].reference == "emoji, all 40 pictures"
+    assert best["caption top-1"].settings["num_real"] == 40
     other = judge(judge.asked.real.roll(1, 0))  # every sample shows the picture of the caption before
-    assert other["recall@1"].value == 0
-    assert other["recall@1"].chance == pytest.approx(1 / 9)  # of the nine other captions, one is that
+    assert other["caption top-1"].value == 0
+    assert other["caption top-1"].chance == pytest.approx(1 / 9)  # of the nine other captions, one is that
     assert usual_number("emoji") == 200
 
 
