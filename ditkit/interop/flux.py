@@ -193,10 +193,10 @@ def ours_of(config: FluxConfig) -> Ours:
 
 def released_defaults(system: str, config: FluxConfig) -> tuple[Part, Sampling]:
     """dev: 28 Euler steps, shifted by the number of tokens; schnell: 4 steps without a shift. Guidance is told, not computed."""
-    if config.guidance is not None:
-        process = Part(name="flow", config={"network_time": FLOW_TIME, "resolution": "exponential"})
-        return process, Sampling(solver="euler", num_inference_steps=28, guidance={"scale": 1.0})
-    return Part(name="flow", config={"network_time": FLOW_TIME}), Sampling(solver="euler", num_inference_steps=4, guidance={"scale": 1.0})
+    dev = config.guidance is not None
+    process = {"network_time": FLOW_TIME, **({"resolution": "exponential"} if dev else {})}
+    steps: dict[str, Any] = {"num_inference_steps": 28 if dev else 4, "options": {"spacing": "uniform"}}
+    return Part(name="flow", config=process), Sampling(solver="euler", guidance={"scale": 1.0}, **steps)
 
 
 def system_of(process: str, config: FluxConfig) -> str:
@@ -324,13 +324,13 @@ def has_live(config: Mapping[str, Any]) -> bool:
     return config.get("mlp_ratio", 4.0) == 4.0
 
 
-def live_inputs(config: FluxConfig, batch: int, normal: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Conditioning for our network, and the same for ``live_call``. ``normal(purpose, shape)`` draws numbers."""
+def live_inputs(config: FluxConfig, batch: int, normal: Any, length: int = 6) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Conditioning for our network, and the same for ``live_call``. ``normal(purpose, shape)`` draws numbers, ``length``: tokens of text."""
     import torch
 
-    text, pooled = normal("text", (6, config.text_dim)), normal("pooled", (config.pooled_dim,))
+    text, pooled = normal("text", (length, config.text_dim)), normal("pooled", (config.pooled_dim,))
     told = {"guidance": 2.0 ** torch.arange(batch)} if config.guidance is not None else {}
-    theirs = {"encoder_hidden_states": text, "pooled_projections": pooled, "txt_ids": torch.zeros(6, 3), "patch": config.patch_size}
+    theirs = {"encoder_hidden_states": text, "pooled_projections": pooled, "txt_ids": torch.zeros(length, 3), "patch": config.patch_size}
     return {"text": text, "pooled": pooled, **told}, {**theirs, **told}
 
 

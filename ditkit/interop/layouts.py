@@ -89,7 +89,7 @@ def _encoder(folder: Path, tables: Any, cfg: Any) -> EncoderPart | None:
     """The text encoders beside the transformer, as the family's pipeline asks them; None where the folder has none."""
     if not hasattr(tables, "text_encoder") or not (folder / "text_encoder" / "config.json").is_file():
         return None
-    part: Part = tables.text_encoder(folder, cfg)
+    part: Part = tables.text_encoder(folder.absolute(), cfg)  # a bundle made of it is found from anywhere
     return EncoderPart(name=part.name, config=part.config)
 
 

@@ -138,8 +138,9 @@ def fitted(cls: type[Backbone], train: Dataset, process: Process, encoder: TextE
         "num_classes": train.num_classes,
     }
     if encoder is not None:
-        values |= {"text_dim": encoder.dim, "pooled_dim": encoder.pooled_dim, "text_length": encoder.config.max_length}
-        values |= {"null_caption": encoder.null_caption == "model"}
+        values |= {"text_dim": encoder.dim, "text_length": encoder.length, "null_caption": encoder.null_caption == "model"}
+        values |= {} if encoder.pooled_dim is None else {"pooled_dim": encoder.pooled_dim}
+        values |= {} if encoder.t5_shape is None else dict(zip(("t5_length", "t5_dim"), encoder.t5_shape))
     return {k: v for k, v in values.items() if k in cls.config_class.model_fields}
 
 

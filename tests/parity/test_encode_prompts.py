@@ -1,14 +1,18 @@
 """Prompts through several text encoders: the states that diffusers' pipelines make, and from a prompt to their pictures."""
 
-import json
+import shutil
 
 import pytest
+import tiny_text
 import torch
 from golden import relative
 
-import tiny_text
+from ditkit.cli import sample
 from ditkit.conditioning import encoder_from
+from ditkit.core.errors import DitkitError
 from ditkit.diffusion import noise
+from ditkit.diffusion.guidance import Guidance
+from ditkit.output import read_record
 from ditkit.pipeline import Pipeline
 
 pytestmark = pytest.mark.parity
@@ -17,19 +21,11 @@ NEGATIVE = ["a circle", ""]
 KINDS = {"sd3": tiny_text.sd3, "flux": tiny_text.flux, "hunyuan": tiny_text.hunyuan}
 
 
-def saved(live, folder):
-    live.save_pretrained(folder)
-    if type(live).__name__ == "FluxPipeline":  # nothing in its folder says the trained size
-        path = folder / "transformer" / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "_ditkit": {"input_size": [8, 8]}}))
-    return folder
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request, tmp_path_factory):
     """Its name, diffusers' pipeline, and the folder that it saved."""
     live = tiny_text.made(KINDS[request.param])
-    return request.param, live, saved(live, tmp_path_factory.mktemp(request.param) / "pipe")
+    return request.param, live, tiny_text.saved(live, tmp_path_factory.mktemp(request.param) / "pipe")
 
 
 def encoded(name, live, prompts):
@@ -90,3 +86,71 @@ def test_pictures_are_those_of_the_pipeline(pair, negative):
     assert (got - want).abs().max() <= 1e-4
     assert relative(got, want) <= 1e-4
     assert (got[0] - got[1]).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_sd3_without_t5(tmp_path, caplog):
+    """Zeros in its place, as diffusers has it, whether the index says so or the folder is gone; said once."""
+    live = tiny_text.made(tiny_text.sd3, with_t5=False)
+    tiny_text.saved(live, tmp_path / "a")
+    tiny_text.saved(tiny_text.made(tiny_text.sd3), tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "text_encoder_3")
+    states, _, pooled, _ = live.encode_prompt(PROMPTS, None, None, do_classifier_free_guidance=False)
+    for folder in ("a", "b"):
+        caplog.clear()
+        text = Pipeline.from_pretrained(tmp_path / folder, device="cpu").encoder
+        for _ in range(2):
+            got = text.encode(PROMPTS)
+            assert (got.states - states).abs().max() <= 1e-5
+            assert (got.pooled - pooled).abs().max() <= 1e-5
+        assert caplog.text.count("there is no T5 in") == 1
+
+
+# FLUX: the scale that it is told
+
+
+@pytest.fixture(scope="module")
+def dev(tmp_path_factory):
+    live = tiny_text.made(tiny_text.flux)
+    return live, tiny_text.saved(live, tmp_path_factory.mktemp("dev") / "pipe")
+
+
+def test_flux_is_told_guidance_scale(dev, tmp_path):
+    """Unless told otherwise it is 3.5, FluxPipeline's; a picture remembers it."""
+    live, folder = dev
+    pipe = Pipeline.from_pretrained(folder, device="cpu")
+    options = dict(prompt=PROMPTS[:1], seed=7, num_inference_steps=4, progress=False)
+    for scale in (1.5, 3.5):
+        out = pipe(guidance_scale=scale, **options)
+        assert (out.x - pictures("flux", live, PROMPTS[:1], None, scale)).abs().max() <= 1e-4
+        assert (out.record["guidance"]["told"], out.record["guidance"]["scale"]) == (scale, 1.0)
+    assert torch.equal(pipe(**options).x, out.x)
+    again = pipe(guidance_scale=1.5, **options)
+    assert torch.equal(pipe.remake(again.picture_record(0)).x, again.x)
+    assert (again.x - out.x).abs().max() > 1e-3
+    command = [str(folder), "--prompt", "a red heart", "--guidance-scale", "2", "--true-cfg-scale", "1.5", "--device", "cpu"]
+    assert sample.main([*command, "--num-inference-steps", "2", "-o", str(tmp_path / "o.png")]) == 0
+    told = read_record(tmp_path / "o.png")["guidance"]
+    assert (told["told"], told["scale"]) == (2.0, 1.5)
+
+
+def test_schnell_is_told_none(tmp_path, caplog):
+    """Its guidance is classifier-free or nothing."""
+    live = tiny_text.made(tiny_text.flux, guidance=False)
+    pipe = Pipeline.from_pretrained(tiny_text.saved(live, tmp_path / "pipe"), device="cpu")
+    assert pipe.encoder.config.max_length == 256
+    pipe.encoder = encoder_from("flux", {"path": str(tmp_path / "pipe")})  # FluxPipeline's own length
+    options = dict(seed=7, num_inference_steps=4, progress=False)
+    assert (pipe(prompt=PROMPTS, **options).x - pictures("flux", live, PROMPTS, None, 3.0)).abs().max() <= 1e-4
+    want = pictures("flux", live, PROMPTS, NEGATIVE, 3.0)
+    for name in ("true_cfg_scale", "guidance_scale"):
+        assert (pipe(prompt=PROMPTS, negative_prompt=NEGATIVE, **{name: 2.0}, **options).x - want).abs().max() <= 1e-4
+    with pytest.raises(DitkitError, match="guidance_scale and true_cfg_scale are both given; allowed: one of them: flux is told no scale"):
+        pipe(prompt="a", guidance_scale=2.0, true_cfg_scale=2.0)
+    with pytest.raises(DitkitError, match=r"guidance.told is 2.0; allowed: None: flux has no input for it"):
+        pipe(prompt="a", guidance=Guidance(told=2.0))
+    assert "no effect" not in caplog.text
+    pipe(prompt="a", negative_prompt="red", **options)
+    pipe(prompt="a", guidance_scale=0.0, **options)
+    assert "at guidance scale 1 negative prompts have no effect" in caplog.text
+    assert "at guidance scale 0 prompts have no effect" in caplog.text

@@ -1,5 +1,7 @@
 """Whole diffusers pipelines of a few thousand weights, text encoders and tokenizers included: SD3, FLUX and Hunyuan-DiT."""
 
+import json
+
 import tokenizers
 import torch
 import transformers
@@ -162,3 +164,12 @@ def made(build, **options):
     pipe = build(**options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def saved(live, folder):
+    """``folder``, in which the pipeline is."""
+    live.save_pretrained(folder)
+    if type(live).__name__ == "FluxPipeline":  # nothing in its folder says the trained size
+        path = folder / "transformer" / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "_ditkit": {"input_size": [8, 8]}}))
+    return folder

