@@ -114,9 +114,11 @@ class SingleBlock(nn.Module):
         def branch(h: dict[str, Tensor]) -> dict[str, Tensor]:
             q, k, v, m = {}, {}, {}, {}
             for n in names:
-                q[n], k[n], v[n], m[n] = self.into(h[n], s[n], linear)
-                if source[n] is not s[n]:
-                    _, k[n], v[n], _ = self.into(modulate(source[n].x, mod[n][0], mod[n][1]), source[n], linear)
+                if source[n] is s[n]:
+                    q[n], k[n], v[n], m[n] = self.into(h[n], s[n], linear)
+                else:
+                    other = modulate(source[n].x, mod[n][0], mod[n][1])
+                    q[n], k[n], v[n], m[n] = self.across(h[n], s[n], other, source[n], linear)
             layouts = {n: s[n].layout for n in names}
             o = seam.attend(Attn("attn", q, k, v, layouts, {n: source[n].layout for n in names}), s)
             return {n: self.out(o[n], m[n], linear) for n in names}
@@ -137,6 +139,14 @@ class SingleBlock(nn.Module):
         qkv, m = linear("fc1", self.fc1, h).split(self.widths, -1)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return apply_rope(self.q_norm(q), st.rope), apply_rope(self.k_norm(k), st.rope), v, m
+
+    def across(self, h: Tensor, st: Stream, other: Tensor, source: Stream, linear: Linear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same, with keys and values of ``other`` (B, M, D), the tokens of ``source``."""
+        dim = h.shape[-1]
+        q = linear("fc1", self.fc1, h, slice(0, dim)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        m = linear("fc1", self.fc1, h, slice(3 * dim, None))
+        k, v = linear("fc1", self.fc1, other, slice(dim, 3 * dim)).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return apply_rope(self.q_norm(q), st.rope), apply_rope(self.k_norm(k), source.rope), v, m
 
     def out(self, o: Tensor, m: Tensor, linear: Linear) -> Tensor:
         """Attention (B, H, N, d) and hidden units (B, N, hidden) -> (B, N, D)."""

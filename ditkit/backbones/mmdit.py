@@ -81,6 +81,13 @@ class DualPart(AdaLNPart):
         q, k, v = linear("qkv2", self.qkv2, h).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return self.q_norm2(q), self.k_norm2(k), v
 
+    def across2(self, h: Tensor, other: Tensor, linear: Linear) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with queries of h alone, keys and values of ``other`` (B, M, D)."""
+        dim = h.shape[-1]
+        q = linear("qkv2", self.qkv2, h, slice(0, dim)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k, v = linear("qkv2", self.qkv2, other, slice(dim, None)).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.q_norm2(q), self.k_norm2(k), v
+
 
 class DualBlock(AdaLNBlock):
     """A block whose stream ``img`` has a second attention, to itself (SD3.5-medium).
@@ -109,9 +116,10 @@ class DualBlock(AdaLNBlock):
         source = (kv or s).get("img", img)
 
         def attention(h: dict[str, Tensor]) -> dict[str, Tensor]:
-            q, k, v = part.to_qkv2(h["img"], linear)
-            if source is not img:
-                _, k, v = part.to_qkv2(modulate(source.x, shift, scale), linear)
+            if source is img:
+                q, k, v = part.to_qkv2(h["img"], linear)
+            else:
+                q, k, v = part.across2(h["img"], modulate(source.x, shift, scale), linear)
             o = seam.attend(Attn("attn2", {"img": q}, {"img": k}, {"img": v}, {"img": img.layout}, {"img": source.layout}), s)["img"]
             return {"img": linear("proj2", part.proj2, o.transpose(1, 2).flatten(2))}
 

@@ -122,11 +122,20 @@ class Seam:
         a = a._replace(mask=self.masks.get(a.name))
         return onion(sdpa, _sites(self._attend, a.name, s), "attend")(a)
 
-    def linear(self, name: str, module: nn.Module, x: Tensor) -> Tensor:
-        """``module(x)``; ``name`` is "stream.projection"."""
-        if not self._linear:
-            return module(x)
-        return onion(module, [(m, site._replace(branch=name)) for m, site in self._linear], "linear")(x)
+    def linear(self, name: str, module: nn.Module, x: Tensor, part: slice | None = None) -> Tensor:
+        """``module(x)``; ``name`` is "stream.projection".
+
+        A token that stands N times in a row (an expanded tensor) is computed once. ``part``: only these of the outputs are wanted.
+        """
+        if x.dim() == 3 and x.shape[1] > 1 and x.stride(1) == 0:
+            return self.linear(name, module, x[:, :1], part).expand(-1, x.shape[1], -1)
+        if self._linear:
+            y = onion(module, [(m, site._replace(branch=name)) for m, site in self._linear], "linear")(x)
+        elif part is not None and type(module) is nn.Linear:
+            return F.linear(x, module.weight[part], None if module.bias is None else module.bias[part])
+        else:
+            y = module(x)
+        return y if part is None else y[..., part]
 
     def tap(self, name: str, value: Tensor) -> None:
         """Let ``value`` leave the block; it is returned with the forward, never stored on a module."""

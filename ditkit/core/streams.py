@@ -7,11 +7,14 @@ A position axes; ``b`` is B or 1.
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Grid = tuple[int, ...]
 
 
 class Layout(NamedTuple):
@@ -57,22 +60,19 @@ class Stream(NamedTuple):
         """``whole`` (B, total, ...) with the rows of this stream replaced by ``part`` (default: its tokens)."""
         return put_rows(whole, self.x if part is None else part, self.layout.idx)
 
-    def resize(self, grid: tuple[int, ...], how: str) -> Stream:
-        """The stream on another grid: ``how`` is "mean" (adaptive average pooling) or "nearest"."""
-        old = self.layout
-        if old.grid is None or len(old.grid) > 3:
+    def resize(self, grid: Grid, how: str) -> Stream:
+        """The stream on another grid: ``how`` is "mean" (adaptive average pooling) or "nearest".
+
+        Rotary tables are those of the place where a pooled token stands, the middle of its cell: the mean of turns is none.
+        """
+        old, grid = self.layout.grid, tuple(grid)
+        if old is None or len(old) > 3:
             raise ValueError("only a full grid of one to three axes can be resized")
-        pool: Any = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(old.grid) - 1]
-
-        def change(u: Tensor) -> Tensor:
-            maps = u.transpose(1, 2).unflatten(2, old.grid)
-            maps = pool(maps, grid) if how == "mean" else F.interpolate(maps, grid, mode="nearest")
-            return maps.flatten(2).transpose(1, 2).contiguous()
-
-        n = torch.Size(grid).numel()
-        layout = Layout(change(old.coords), n, tuple(grid))
-        c = self.c if self.c is None or self.c.shape[1] == 1 else change(self.c)
-        return Stream(change(self.x), layout, c, self.rope and (change(self.rope[0]), change(self.rope[1])))
+        if grid == old:
+            return self
+        c = self.c if self.c is None or self.c.shape[1] == 1 else _resized(self.c, old, grid, how)
+        rope = self.rope and (_between if how == "mean" else _copied)(self.rope, old, grid)
+        return Stream(_resized(self.x, old, grid, how), _resized_layout(self.layout.coords, old, grid, how), c, rope)
 
 
 Streams = dict[str, Stream]
@@ -110,6 +110,40 @@ def concatenate(*streams: Stream) -> Stream:
         assert sin is not None
         rope = (cos, sin)
     return Stream(x, layout, c, rope)
+
+
+def _resized(u: Tensor, old: Grid, grid: Grid, how: str) -> Tensor:
+    """u (b, N, D) of the grid ``old`` -> of ``grid``."""
+    pool: Any = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(old) - 1]
+    maps = u.transpose(1, 2).unflatten(2, old)
+    maps = pool(maps, grid) if how == "mean" else F.interpolate(maps, grid, mode="nearest")
+    return maps.flatten(2).transpose(1, 2).contiguous()
+
+
+@lru_cache(maxsize=64)
+def _resized_layout(coords: Tensor, old: Grid, grid: Grid, how: str) -> Layout:
+    """Cached: one object for one layout, so that masks rendered for it are kept (tensors are equal to themselves alone, as keys)."""
+    with torch.inference_mode(False):
+        return Layout(_resized(coords, old, grid, how), torch.Size(grid).numel(), grid)
+
+
+def _copied(rope: tuple[Tensor, Tensor], old: Grid, grid: Grid) -> tuple[Tensor, Tensor]:
+    return _resized(rope[0], old, grid, "nearest"), _resized(rope[1], old, grid, "nearest")
+
+
+def _between(rope: tuple[Tensor, Tensor], old: Grid, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Rotary tables of the cells of adaptive pooling. A middle lies on a token or half-way between two, whose mean points there."""
+    corners = []
+    for high in product((0, 1), repeat=len(old)):
+        flat = torch.zeros((1,) * len(old), dtype=torch.long)
+        for axis, (n, m, up) in enumerate(zip(old, grid, high)):
+            i = torch.arange(m)
+            twice = i * n // m - (-(i + 1) * n // m) - 1  # first + last token of the cell
+            flat = flat * n + ((twice + up) // 2).view([-1 if a == axis else 1 for a in range(len(old))])
+        corners.append(flat.flatten().to(rope[0].device))
+    cos, sin = (torch.stack([u[:, at] for at in corners]).mean(0) for u in rope)
+    length = torch.hypot(cos, sin)
+    return cos / length, sin / length
 
 
 def rows(u: Tensor, idx: Tensor) -> Tensor:

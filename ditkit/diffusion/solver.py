@@ -73,6 +73,7 @@ class Solver:
         if times is None and self.grid is not None:
             way = self.grid(process, way, values)
         run.times = None if self.adaptive else process.network_time(way[:-1])
+        run.public_times = None if self.adaptive else way[:-1]
         return self.function(denoise, x, process, run, draw, way, **{key: getattr(values, key) for key in type(values).model_fields})
 
     def _check(self, process: Process, run: Run) -> None:

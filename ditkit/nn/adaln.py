@@ -63,6 +63,17 @@ class AdaLNPart(nn.Module):
         q, k, v = linear("qkv", self.qkv, h).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return self.rotate(self.q_norm(q), rope), self.rotate(self.k_norm(k), rope), v
 
+    def to_q(self, h: Tensor, linear: Linear, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Queries alone, (B, H, N, d)."""
+        q = linear("qkv", self.qkv, h, slice(0, h.shape[-1])).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return self.rotate(self.q_norm(q), rope)
+
+    def to_kv(self, h: Tensor, linear: Linear, rope: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values alone, (B, H, N, d)."""
+        kv = linear("qkv", self.qkv, h, slice(h.shape[-1], None)).unflatten(-1, (2, self.num_heads, -1))
+        k, v = kv.permute(2, 0, 3, 1, 4)
+        return self.rotate(self.k_norm(k), rope), v
+
 
 class AdaLNBlock(nn.Module):
     """adaLN-Zero over the streams that have a part; the others pass through."""
@@ -104,9 +115,11 @@ class AdaLNBlock(nn.Module):
         def joint(h: dict[str, Tensor]) -> dict[str, Tensor]:
             q, k, v = {}, {}, {}
             for n, p in parts.items():
-                q[n], k[n], v[n] = p.to_qkv(h[n], on(seam, n), s[n].rope)
                 if kv and n in kv:
-                    _, k[n], v[n] = p.to_qkv(modulate(kv[n].x, mod[n][0], mod[n][1]), on(seam, n), kv[n].rope)
+                    q[n] = p.to_q(h[n], on(seam, n), s[n].rope)
+                    k[n], v[n] = p.to_kv(modulate(kv[n].x, mod[n][0], mod[n][1]), on(seam, n), kv[n].rope)
+                else:
+                    q[n], k[n], v[n] = p.to_qkv(h[n], on(seam, n), s[n].rope)
             call = Attn("attn", {n: q[n] for n in out}, k, v, {n: s[n].layout for n in out}, {n: source[n].layout for n in k})
             o = seam.attend(call, s)
             return {n: on(seam, n)("proj", parts[n].proj, o[n].transpose(1, 2).flatten(2)) for n in out}  # type: ignore[arg-type]
@@ -127,7 +140,7 @@ class AdaLNBlock(nn.Module):
 
 def on(seam: Seam, stream: str) -> Linear:
     """The seam ``linear`` for the projections of one stream."""
-    return lambda name, module, x: seam.linear(f"{stream}.{name}", module, x)
+    return lambda name, module, x, part=None: seam.linear(f"{stream}.{name}", module, x, part)
 
 
 class AdaLNHead(nn.Module):

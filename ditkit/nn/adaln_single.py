@@ -42,9 +42,15 @@ class SelfAttention(nn.Module):
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.q_norm, self.k_norm = (nn.LayerNorm(dim) if qk_norm else nn.Identity() for _ in range(2))
 
-    def to_qkv(self, h: Tensor, grid: tuple[int, ...], linear: Linear = plain) -> tuple[Tensor, Tensor, Tensor]:
-        """h (B, N, D) -> q (B, H, N, d), k and v (B, H, N', d)."""
-        q, k, v = linear("qkv", self.qkv, h).chunk(3, -1)
+    def to_qkv(
+        self, h: Tensor, grid: tuple[int, ...], linear: Linear = plain, other: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """h (B, N, D) -> q (B, H, N, d), k and v (B, H, N', d); these of ``other`` (B, M, D) where it is given. ``grid``: theirs."""
+        if other is None:
+            q, k, v = linear("qkv", self.qkv, h).chunk(3, -1)
+        else:
+            q = linear("qkv", self.qkv, h, slice(0, h.shape[-1]))
+            k, v = linear("qkv", self.qkv, other, slice(h.shape[-1], None)).chunk(2, -1)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.down is not None:
             k, v = self.down(k, grid), self.down(v, grid)
@@ -102,21 +108,28 @@ class AdaLNSingleBlock(nn.Module):
         dim = self.table.shape[1]
         return (self.table + c[..., dim:].unflatten(-1, (6, dim))).unbind(-2)
 
-    def forward(self, s: Streams, seam: Seam, prepared: dict[str, Tensor] | None = None) -> Streams:
-        """One block. ``prepared``: k and v of the text, where they were made ahead."""
+    def forward(self, s: Streams, seam: Seam, prepared: dict[str, Tensor] | None = None, kv: Streams | None = None) -> Streams:
+        """One block.
+
+        Args:
+            prepared: k and v of the text, where they were made ahead.
+            kv: a stream "img" that gives keys and values instead of that of ``s`` (cross-density attention).
+        """
         assert s["img"].c is not None
         mod = self.modulation(s["img"].c)
-        s = self.attend(s, seam, *mod[:3])
+        s = self.attend(s, seam, *mod[:3], kv=kv)
         s = self.ask(s, seam, prepared)
         return self.feed(s, seam, *mod[3:])
 
-    def attend(self, s: Streams, seam: Seam, shift: Tensor, scale: Tensor, gate: Tensor) -> Streams:
-        """Among the tokens of "img"."""
-        layout, down = s["img"].layout, self.attn.down
-        fewer = layout if down is None else down.layout(layout)  # here, so that the two kinds never share a graph
+    def attend(self, s: Streams, seam: Seam, shift: Tensor, scale: Tensor, gate: Tensor, kv: Streams | None = None) -> Streams:
+        """Among the tokens of "img", or from them to those of ``kv``."""
+        source, down = (kv or s).get("img", s["img"]), self.attn.down
+        layout, asked = s["img"].layout, source.layout
+        fewer = asked if down is None else down.layout(asked)  # here, so that the two kinds never share a graph
 
         def attention(h: dict[str, Tensor]) -> dict[str, Tensor]:
-            q, k, v = self.attn.to_qkv(h["img"], layout.grid or (), img(seam))
+            other = None if source is s["img"] else modulate(source.x, shift, scale)
+            q, k, v = self.attn.to_qkv(h["img"], asked.grid or (), img(seam), other)
             call = Attn("attn", {"img": q}, {"img": k}, {"img": v}, {"img": layout}, {"img": fewer})
             return {"img": img(seam)("proj", self.attn.proj, merge(seam.attend(call, s)["img"]))}
 
@@ -146,7 +159,7 @@ class AdaLNSingleBlock(nn.Module):
 
 def img(seam: Seam, prefix: str = "") -> Linear:
     """The seam ``linear`` for the projections of "img", with ``prefix`` before their names."""
-    return lambda name, module, x: seam.linear(f"img.{prefix}{name}", module, x)
+    return lambda name, module, x, part=None: seam.linear(f"img.{prefix}{name}", module, x, part)
 
 
 def merge(o: Tensor) -> Tensor:

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Linear = Callable[[str, nn.Module, Tensor], Tensor]
+Linear = Callable[..., Tensor]  # (name, module, x, part=None): the seam ``linear`` of one stream
 
 
-def plain(name: str, module: nn.Module, x: Tensor) -> Tensor:
+def plain(name: str, module: nn.Module, x: Tensor, part: slice | None = None) -> Tensor:
     """The seam ``linear`` where there is none."""
-    return module(x)
+    y: Tensor = module(x)
+    return y if part is None else y[..., part]
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ditkit.core.errors import DitkitError
 from ditkit.core.seams import Attn, Seam
-from ditkit.core.streams import Streams
+from ditkit.core.streams import Stream, Streams
 
 from .adaln_single import CrossAttention, heads, merge
 from .layers import Linear, Mlp
@@ -69,14 +69,15 @@ class PlainBlock(nn.Module):
         names = [n for n in self.names if n in s]
         source = {**s, **(kv or {})}
 
-        def linear(name: str, module: nn.Module, x: Tensor) -> Tensor:
-            return seam.linear(f"{self.names[0]}.{name}", module, x)
+        def linear(name: str, module: nn.Module, x: Tensor, part: slice | None = None) -> Tensor:
+            return seam.linear(f"{self.names[0]}.{name}", module, x, part)
 
         def attention(h: dict[str, Tensor]) -> dict[str, Tensor]:
-            q, k, v = self._qkv(h, s, linear)
-            if kv and (other := {n: self.norm1(kv[n].x) for n in names if n in kv}):
-                _, their_k, their_v = self._qkv(other, kv, linear)
-                k, v = {**k, **their_k}, {**v, **their_v}
+            here = {n: h[n] for n in names if n not in (kv or {})}
+            q, k, v = self._qkv(here, s, linear) if here else ({}, {}, {})
+            for n in [n for n in names if n not in here]:
+                q[n], k[n], v[n] = self._across(h[n], s[n], source[n], linear)
+            q, k, v = ({n: u[n] for n in names} for u in (q, k, v))  # in the order of the layouts
             o = seam.attend(Attn("attn", q, k, v, {n: s[n].layout for n in names}, {n: source[n].layout for n in names}), s)
             return in_a_row(lambda u: linear("proj", self.proj, u), {n: merge(u) for n, u in o.items()})
 
@@ -102,6 +103,14 @@ class PlainBlock(nn.Module):
         if self.context:
             s = seam.residual("cross", cross, {n: self.cross_norm(s[n].x) for n in names}, {}, s)
         return seam.residual("mlp", mlp, {n: self.norm2(s[n].x) for n in names}, {}, s)
+
+    def _across(self, h: Tensor, st: Stream, source: Stream, linear: Linear) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of h (B, N, D), keys and values of the tokens of ``source``."""
+        dim = h.shape[-1]
+        q = heads(linear("qkv", self.qkv, h, slice(0, dim)), self.num_heads)
+        kv = linear("qkv", self.qkv, self.norm1(source.x), slice(dim, None)).chunk(2, -1)
+        k, v = (heads(u, self.num_heads) for u in kv)
+        return apply_rope(q, st.rope), apply_rope(k, source.rope), v
 
     def _qkv(self, h: dict[str, Tensor], s: Streams, linear: Linear) -> tuple[dict[str, Tensor], ...]:
         """h (B, N, D) by stream -> q, k, v (B, H, N, d) by stream; q and k turned by the stream's rotary tables."""

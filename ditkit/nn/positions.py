@@ -77,12 +77,16 @@ def sincos_table(
     if sum(widths) != dim or any(w % 2 for w in widths) or len(widths) != axes:
         raise DitkitError(f"dim is {dim}", allowed=f"multiples of {2 * axes} for {axes} position axes, or even widths that sum to it")
     with torch.inference_mode(False):
-        places = coordinates(grid)
-        codes = []
-        for a in _checked(order, axes) or reversed(range(axes)):
-            angle = places[..., a, None] * frequencies(widths[a])
-            codes += [angle.sin(), angle.cos()]
-        return torch.cat(codes, -1).float().to(device)
+        return sincos_at(coordinates(grid), widths, _checked(order, axes)).to(device)
+
+
+def sincos_at(places: Tensor, widths: tuple[int, ...], order: tuple[int, ...] = ()) -> Tensor:
+    """The same code at any places (b, N, A): (b, N, sum of widths) fp32."""
+    codes = []
+    for a in order or reversed(range(len(widths))):
+        angle = places[..., a, None].double() * frequencies(widths[a]).to(places.device)
+        codes += [angle.sin(), angle.cos()]
+    return torch.cat(codes, -1).float()
 
 
 def frequencies(width: int, theta: float = 10_000.0, linear: float = 1.0, ntk: float | Tensor = 1.0) -> Tensor:

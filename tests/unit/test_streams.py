@@ -7,6 +7,7 @@ import torch
 
 from ditkit.core.masks import padding, render
 from ditkit.core.streams import Layout, Stream, concatenate, grid_layout, rows
+from ditkit.nn.positions import Rope
 
 
 def stream(grid: tuple[int, ...] = (3, 4), batch: int = 2, seed: int = 0) -> Stream:
@@ -50,6 +51,18 @@ def test_put_after_take_is_the_identity() -> None:
 def test_resizing_up_and_pooling_back_is_the_identity() -> None:
     s = Stream(torch.randn(2, 12, 5), grid_layout((3, 4)))
     assert torch.allclose(s.resize((6, 8), "nearest").resize((3, 4), "mean").x, s.x)
+
+
+@pytest.mark.parametrize(("grid", "fewer"), [((4, 6), (2, 2)), ((5, 7), (3, 4)), ((3, 5, 4), (2, 3, 3)), ((40,), (3,))])
+def test_pooled_tokens_are_turned_by_the_middle_of_their_cells(grid: tuple[int, ...], fewer: tuple[int, ...]) -> None:
+    """Not by the mean of the turns, which is none. Coordinates of the pooled layout are those middles."""
+    rope = Rope((4,) * len(grid))
+    s = Stream(torch.zeros(1, torch.Size(grid).numel(), 2), grid_layout(grid), rope=rope.table(grid))
+    pooled = s.resize(fewer, "mean")
+    assert pooled.rope is not None
+    for got, want in zip(pooled.rope, rope.at(pooled.layout.coords)):
+        assert torch.allclose(got, want, atol=1e-5)
+    assert s.resize(grid, "mean") is s
 
 
 def test_resizing_part_of_a_grid_is_refused() -> None:
