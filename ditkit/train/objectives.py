@@ -23,6 +23,7 @@ _ELSEWHERE = {  # name -> the module of this package that registers it
     "tinyfusion": "tinyfusion",
     "masked_kd": "tinyfusion",
     "clear": "clear",
+    "flexdit": "flexdit",
     "harmonica": "routers",
     "l2c": "routers",
 }
