@@ -325,7 +325,7 @@ def has_live(config: Mapping[str, Any]) -> bool:
     return is_released(config) and config.get("null_label", True) and square and config.get("mlp_ratio", 4.0) == 4.0
 
 
-def live_inputs(config: DiTConfig, batch: int, normal: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def live_inputs(config: DiTConfig, batch: int, normal: Any, length: int = 6) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Conditioning for our network, and the same for diffusers' call."""
     import torch
 

@@ -357,8 +357,8 @@ def has_live(config: Mapping[str, Any]) -> bool:
     return h == w and config.get("skips") is None and config.get("position_base", 32) == _base(config.get("patch_size", 2))
 
 
-def live_inputs(config: HunyuanConfig, batch: int, normal: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Conditioning for our network, and the same for diffusers' call. ``normal(purpose, shape)`` draws numbers."""
+def live_inputs(config: HunyuanConfig, batch: int, normal: Any, length: int = 6) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Conditioning for our network, and the same for diffusers' call. ``normal(purpose, shape)`` draws numbers; its texts' lengths are fixed."""
     import torch
 
     text, t5 = normal("text", (config.text_length, config.text_dim)), normal("t5", (config.t5_length, config.t5_dim))

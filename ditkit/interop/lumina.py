@@ -397,12 +397,11 @@ def has_live(config: Mapping[str, Any]) -> bool:
     return told_by_text and len(config.get("input_size", (128, 128))) == 2
 
 
-def live_inputs(config: LuminaConfig, batch: int, normal: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Conditioning for our network, and the same for diffusers' call. ``normal(purpose, shape)`` draws numbers."""
+def live_inputs(config: LuminaConfig, batch: int, normal: Any, length: int = 6) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Conditioning for our network, and the same for diffusers' call. ``normal(purpose, shape)`` draws numbers, ``length``: tokens of text."""
     import torch
     from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 
-    length = 6
     text, mask = normal("text", (length, config.text_dim)), torch.arange(length)[None] < torch.arange(2, 2 + batch)[:, None]
     (h, w), how = config.grid, config.extrapolation
     table = get_2d_rotary_pos_embed_lumina(config.dim // config.num_heads, h, w, config.rope_linear, config.rope_ntk)

@@ -328,7 +328,7 @@ def has_live(config: Mapping[str, Any]) -> bool:
     return len(set(config["input_size"])) == 1 and config.get("mlp_ratio", 4.0) == 4.0
 
 
-def live_inputs(config: MMDiTConfig, batch: int, normal: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Conditioning for our network, and the same for diffusers' call. ``normal(purpose, shape)`` draws numbers."""
-    text, pooled = normal("text", (6, config.text_dim)), normal("pooled", (config.pooled_dim,))
+def live_inputs(config: MMDiTConfig, batch: int, normal: Any, length: int = 6) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Conditioning for our network, and the same for diffusers' call. ``normal(purpose, shape)`` draws numbers, ``length``: tokens of text."""
+    text, pooled = normal("text", (length, config.text_dim)), normal("pooled", (config.pooled_dim,))
     return {"text": text, "pooled": pooled}, {"encoder_hidden_states": text, "pooled_projections": pooled}

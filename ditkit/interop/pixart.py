@@ -392,11 +392,10 @@ def has_live(config: Mapping[str, Any]) -> bool:
     return plain and h == w and config["position_base"] == h // config.get("patch_size", 2)
 
 
-def live_inputs(config: PixArtConfig, batch: int, normal: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Conditioning for our network, and the same for diffusers' call. ``normal(purpose, shape)`` draws numbers."""
+def live_inputs(config: PixArtConfig, batch: int, normal: Any, length: int = 6) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Conditioning for our network, and the same for diffusers' call. ``normal(purpose, shape)`` draws numbers, ``length``: tokens of text."""
     import torch
 
-    length = 6
     text, mask = normal("text", (length, config.text_dim)), torch.arange(length)[None] < torch.arange(2, 2 + batch)[:, None]
     ours, theirs = {"text": text, "mask": mask}, {"encoder_hidden_states": text, "encoder_attention_mask": mask.to(text.dtype)}
     more: dict[str, Any] = {"resolution": None, "aspect_ratio": None}

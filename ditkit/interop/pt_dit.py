@@ -274,6 +274,6 @@ def has_live(config: Mapping[str, Any]) -> bool:
     return False
 
 
-def live_inputs(config: PTDiTConfig, batch: int, normal: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def live_inputs(config: PTDiTConfig, batch: int, normal: Any, length: int = 6) -> tuple[dict[str, Any], dict[str, Any]]:
     """Raises DitkitError: diffusers has no PT-DiT."""
     _none()
