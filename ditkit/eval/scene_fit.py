@@ -26,8 +26,8 @@ from ditkit.data.scenes import BACKGROUNDS, COLORS, Scene, SceneConfig, render, 
 
 GRID = 8
 """Cells along a side of the map on which things are found."""
-STEM, MOST_STEM = 2 * GRID, 4
-"""Pictures are read at a multiple of STEM pixels, at most MOST_STEM times; larger ones are averaged down to that."""
+STEM, MOST_STEM = 2 * GRID, 2
+"""Pictures are read at STEM pixels or a whole multiple, MOST_STEM times at most; others are averaged down to that, as renders are made."""
 REACH = 0.75
 """A cell stands for an object whose centre is this many cells or less from its own, along x and along y: one to four cells do."""
 FIT_SEED = 2**63 + 10
