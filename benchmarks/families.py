@@ -4,8 +4,8 @@
     python benchmarks/families.py --families pixart flux
     python benchmarks/families.py --tiny                       # small networks, captured and not compiled
 
-The networks are a sixth to a tenth of the released depth at width 384: 256 picture tokens, 77 of text. "int8" rows say how far their output is
-from the reference; random weights are the hard case.
+The networks are a sixth to a tenth of the released depth at width 384: 256 picture tokens, 77 of text. "int8" rows say how far their
+output is from the reference; random weights are the hard case.
 """
 
 from __future__ import annotations

@@ -325,7 +325,7 @@ def has_live(config: Mapping[str, Any]) -> bool:
 
 
 def live_inputs(config: FluxConfig, batch: int, normal: Any, length: int = 6) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Conditioning for our network, and the same for ``live_call``. ``normal(purpose, shape)`` draws numbers, ``length``: tokens of text."""
+    """Conditioning for our network, and the same for ``live_call``. ``normal(purpose, shape)`` draws; ``length``: tokens of text."""
     import torch
 
     text, pooled = normal("text", (length, config.text_dim)), normal("pooled", (config.pooled_dim,))

@@ -358,7 +358,7 @@ def has_live(config: Mapping[str, Any]) -> bool:
 
 
 def live_inputs(config: HunyuanConfig, batch: int, normal: Any, length: int = 6) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Conditioning for our network, and the same for diffusers' call. ``normal(purpose, shape)`` draws numbers; its texts' lengths are fixed."""
+    """Conditioning for our network, and the same for diffusers' call. ``normal(purpose, shape)`` draws; texts have the config's lengths."""
     import torch
 
     text, t5 = normal("text", (config.text_length, config.text_dim)), normal("t5", (config.t5_length, config.t5_dim))

@@ -398,7 +398,7 @@ def has_live(config: Mapping[str, Any]) -> bool:
 
 
 def live_inputs(config: LuminaConfig, batch: int, normal: Any, length: int = 6) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Conditioning for our network, and the same for diffusers' call. ``normal(purpose, shape)`` draws numbers, ``length``: tokens of text."""
+    """Conditioning for our network, and the same for diffusers' call. ``normal(purpose, shape)`` draws; ``length``: tokens of text."""
     import torch
     from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 

@@ -329,6 +329,6 @@ def has_live(config: Mapping[str, Any]) -> bool:
 
 
 def live_inputs(config: MMDiTConfig, batch: int, normal: Any, length: int = 6) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Conditioning for our network, and the same for diffusers' call. ``normal(purpose, shape)`` draws numbers, ``length``: tokens of text."""
+    """Conditioning for our network, and the same for diffusers' call. ``normal(purpose, shape)`` draws; ``length``: tokens of text."""
     text, pooled = normal("text", (length, config.text_dim)), normal("pooled", (config.pooled_dim,))
     return {"text": text, "pooled": pooled}, {"encoder_hidden_states": text, "pooled_projections": pooled}

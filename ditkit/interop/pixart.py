@@ -393,7 +393,7 @@ def has_live(config: Mapping[str, Any]) -> bool:
 
 
 def live_inputs(config: PixArtConfig, batch: int, normal: Any, length: int = 6) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Conditioning for our network, and the same for diffusers' call. ``normal(purpose, shape)`` draws numbers, ``length``: tokens of text."""
+    """Conditioning for our network, and the same for diffusers' call. ``normal(purpose, shape)`` draws; ``length``: tokens of text."""
     import torch
 
     text, mask = normal("text", (length, config.text_dim)), torch.arange(length)[None] < torch.arange(2, 2 + batch)[:, None]
