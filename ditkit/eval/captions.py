@@ -237,7 +237,7 @@ class _Scenes:
                 continue
             value, low, high = share(round(getattr(mine, what) * num), num)
             settings = {"input": "as they are", "interval": "Wilson", "captions": part or "all pairs", f"num_{what}s": num}
-            name = f"{what}, {part}" if part else what
+            name = f"{what} ({part})" if part else what
             beside = getattr(real, what), "scene reader", len(rows), self.asked.reference
             scores.append(Score(name, value, low, high, *beside, settings, getattr(chance, what)))
         return scores

@@ -109,7 +109,7 @@ def test_real_pictures_score_all_and_empty_ones_nothing() -> None:
     judge = CaptionJudge(SCENES, 12)
     best = judge(judge.asked.real, judge.told(12), full=False)
     for name in ("object", "color", "relation"):
-        for metric in (name, f"{name}, held-out pairs"):
+        for metric in (name, f"{name} (held-out pairs)"):
             score = best[metric]
             assert (score.value, score.real, score.num_samples) == (1.0, 1.0, 6)
             assert score.low < 1 == score.high  # type: ignore[operator]
@@ -119,7 +119,7 @@ def test_real_pictures_score_all_and_empty_ones_nothing() -> None:
     assert best["object"].chance < 0.7  # type: ignore[operator]  # of ten glyphs
     assert best["frechet"].value < 1e-9
     none = figures(judge(torch.zeros_like(judge.asked.real), full=False))
-    assert all(none[name] == 0 for name in ("object", "color", "relation, held-out pairs"))
+    assert all(none[name] == 0 for name in ("object", "color", "relation (held-out pairs)"))
     assert none["frechet"] > best["frechet"].real > 0  # type: ignore[operator]
 
 
@@ -245,7 +245,7 @@ def test_the_eval_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     common = [str(tmp_path / "model"), "--num-samples", "10", "--seed", "5", "--batch-size", "4", "--no-progress"]
     assert eval_verb.main([*common, "--out", str(out)]) == 0
     text = capsys.readouterr().out
-    for said in ("object, held-out pairs", "frechet *", "biased upwards", "scenes/test, the 10 of the same captions", "averaged to 4 x 4"):
+    for said in ("object (held-out pairs)", "frechet *", "biased upwards", "scenes/test, the 10 of the same captions", "averaged to 4 x 4"):
         assert said in text
     data = json.loads(out.read_text())
     assert data["protocol"]["first_seed"] == 5
