@@ -129,8 +129,8 @@ def test_token_counts_step_by_step(network: str) -> None:
 def test_all_tokens_through_the_caches_are_the_base(network: str) -> None:
     """A ratio that leaves none out, but gathers and scatters: permutation-equivariant, hence equal."""
     base = tiny(network)
-    for scale in (1.0, 3.0):
-        assert relative(sample(with_methods(base, RAS(sample_ratio=0.999, start=1)), scale=scale), sample(base, scale=scale)) < 1e-5
+    view = with_methods(base, RAS(sample_ratio=0.999, start=1))
+    assert relative(sample(view, scale=3.0, num_steps=3), sample(base, scale=3.0, num_steps=3)) < 1e-5
 
 
 def test_sharpened_logits_count_the_whole_picture() -> None:
@@ -220,6 +220,7 @@ def test_without_the_caches_tokens_see_those_that_go_through() -> None:
     assert not any(kept for key, kept in run.slots.items() if key[0] == "ras")  # type: ignore[index]
 
 
+@pytest.mark.timeout(180)
 def test_each_number_of_tokens_has_its_graph() -> None:
     """A ramp of two chunks: the dense graph, and one for each."""
     torch._dynamo.reset()
@@ -327,8 +328,8 @@ def test_on_the_command_line() -> None:
 @pytest.mark.parametrize(("device", "guided"), [("cpu", False), ("meta", True)])
 def test_cost_of_a_sparse_step(device: str, guided: bool) -> None:
     """With n of N tokens: token-wise layers n / N, attention n / N and not its square; patches, time and modulation stay."""
-    base = DiT.tiny().to(device)
-    d, depth, total, went, out = 32, 4, 24, 12, 4 * 6
+    base = DiT.tiny(depth=2).to(device)
+    d, depth, total, went, out = 32, 2, 24, 12, 4 * 6
     run = count_run(with_methods(base, RAS(start=2, resets=(4,))), 6, guided=guided)
     full, passes = count_run(base, 1, guided=guided), 2 if guided else 1
     sparse = [i for i, c in enumerate(run.steps) if c.macs != full.macs]
@@ -344,10 +345,10 @@ def test_cost_beside_text() -> None:
     base = MMDiT.tiny().to("meta")
     d, total, went, text = 24, 16, 8, 5
     for cache, keys in ((True, total), (False, went)):
-        costs = count_run(with_methods(base, RAS(start=2, resets=0, kv_cache=cache)), 4).steps
+        costs = count_run(with_methods(base, RAS(start=1, kv_cache=cache)), 2).steps
         # block 0 has a second attention of the picture to itself; in block 1, the last, text asks nothing
         calls = {(went + text, keys + text): 1, (went, keys): 1, (went, keys + text): 1}
-        assert {(q, k): n for (_, _, q, k, _), n in costs[3].attentions.items()} == calls
-        saved = costs[0].linear_macs - costs[3].linear_macs
+        assert {(q, k): n for (_, _, q, k, _), n in costs[1].attentions.items()} == calls
+        saved = costs[0].linear_macs - costs[1].linear_macs
         block = 4 * d * d + 2 * 2 * d * d  # q k v and output, an MLP of ratio 2
         assert saved == (total - went) * (2 * block + 4 * d * d + d * 4 * 3)
