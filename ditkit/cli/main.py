@@ -12,6 +12,7 @@ VERBS = {
     "list": "backbones, methods, recipes: what there is",
     "train": "train a recipe",
     "sample": "make pictures with a bundle",
+    "app": "a page in the browser: sample, base and accelerated side by side",
     "convert": "any layout of weights to any other: released .pt, diffusers folder, bundle",
     "verify": "check real weights, against diffusers where it has the model",
     "eval": "quality of a bundle's samples",
