@@ -315,7 +315,7 @@ def _without_parameters() -> Iterator[None]:
     def empty(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
         return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
 
-    hook = register_module_parameter_registration_hook(empty)
+    hook = register_module_parameter_registration_hook(empty)  # type: ignore[arg-type]  # what it returns is registered instead
     try:
         with _NoInitialisation():
             yield
