@@ -1,7 +1,7 @@
 """Text encoders from local folders, through transformers: T5, CLIP, Gemma, BERT. Frozen; nothing is downloaded, no pickle is read.
 
 The folder is a model's own, or a diffusers pipeline's (``text_encoder/`` with ``tokenizer/`` beside it). Which states are taken, and
-whether padding is seen, is what differs between the systems that use the same encoder:
+whether padding is seen, is what differs between the systems that use the same encoder; several for one network: ``_several.py``.
 
     PixArt    T5      layer -1   masked          SD3, FLUX   T5    layer -1   not masked
     Lumina    Gemma   layer -2   masked          SD3         CLIP  layer -2   pooled
