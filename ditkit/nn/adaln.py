@@ -122,7 +122,7 @@ class AdaLNBlock(nn.Module):
                     q[n], k[n], v[n] = p.to_qkv(h[n], on(seam, n), s[n].rope)
             call = Attn("attn", {n: q[n] for n in out}, k, v, {n: s[n].layout for n in out}, {n: source[n].layout for n in k})
             o = seam.attend(call, s)
-            return {n: on(seam, n)("proj", parts[n].proj, o[n].transpose(1, 2).flatten(2)) for n in out}  # type: ignore[arg-type]
+            return {n: on(seam, n)("proj", parts[n].proj, o[n].transpose(1, 2).flatten(2)) for n in out}
 
         h = {n: modulate(s[n].x, mod[n][0], mod[n][1]) for n in parts}
         return seam.residual("attn", joint, h, {n: mod[n][2] for n in out}, s)

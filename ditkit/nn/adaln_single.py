@@ -121,7 +121,7 @@ class AdaLNSingleBlock(nn.Module):
         s = self.ask(s, seam, prepared)
         return self.feed(s, seam, *mod[3:])
 
-    def attend(self, s: Streams, seam: Seam, shift: Tensor, scale: Tensor, gate: Tensor, kv: Streams | None = None) -> Streams:
+    def attend(self, s: Streams, seam: Seam, shift: Tensor, scale: Tensor, gate: Tensor, *, kv: Streams | None = None) -> Streams:
         """Among the tokens of "img", or from them to those of ``kv``."""
         source, down = (kv or s).get("img", s["img"]), self.attn.down
         layout, asked = s["img"].layout, source.layout

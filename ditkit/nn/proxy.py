@@ -140,8 +140,8 @@ class ProxyBlock(AdaLNSingleBlock):
             found |= {"img.shift_qkv": self.shift.qkv, "img.shift_proj": self.shift.proj, "img.shift_out": self.shift_out}
         return {**found, **super().projections()}
 
-    def forward(self, s: Streams, seam: Seam, prepared: dict[str, Tensor] | None = None) -> Streams:
-        """One block. ``prepared``: k and v of the text, where they were made ahead."""
+    def forward(self, s: Streams, seam: Seam, prepared: dict[str, Tensor] | None = None) -> Streams:  # type: ignore[override]
+        """One block; there is no ``kv``, since windows are those of its own tokens. ``prepared``: k and v of the text, made ahead."""
         c, layout = s["img"].c, s["img"].layout
         assert c is not None
         if layout.grid is None:

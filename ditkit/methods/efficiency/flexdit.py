@@ -136,10 +136,8 @@ class FlexDiT(Method):
         count, dim = sum(p.role == "recovery" for p in self.places), view.config.dim
         if not hasattr(self, "merges"):
             self.merges = nn.ModuleList(Merge(dim, like) for _ in range(count))
-        elif count and self.merges[0].dense.in_features != dim:
-            raise Conflict(
-                f"{self.label} was made for tokens of width {self.merges[0].dense.in_features}, not {dim}", hint="make another one"
-            )
+        if other := {p.shape[0] for p in self.merges.parameters()} - {dim}:
+            raise Conflict(f"{self.label} was made for tokens of width {min(other)}, not {dim}", hint="make another one")
 
     # when there are how many tokens
 
@@ -164,11 +162,12 @@ class FlexDiT(Method):
     # a module
 
     def block(self, nxt: Any, s: Streams, at: At, **kw: Any) -> Streams:
-        place, x = self.places[at.block], s[self.stream]
+        place, x, mode = self.places[at.block], s[self.stream], at.mode
+        assert isinstance(mode, Mode)
         check_grid(x.layout)
         if place.role == "generation":
             if place.number == 0:
-                at.memory["dense"], x = x, self.coded(sparse_stream(x, at.mode.side))
+                at.memory["dense"], x = x, self.coded(sparse_stream(x, mode.side))
             return nxt({**s, self.stream: x}, kv={self.stream: at.memory["dense"]}, **kw)
         if place.role == "recovery":
             if place.number == 0:
