@@ -176,6 +176,7 @@ def sd3():
 
 
 def stood_in(name: str, model: Backbone, theirs: torch.nn.Module | None = None):
+    """``theirs``: the pipeline is made with it first, and reads the trained size of it (Lumina's takes 1024 pixels otherwise)."""
     pipe = make(name, theirs)
     pipe.transformer = as_diffusers(model, pipe)
     return pipe
@@ -213,9 +214,9 @@ class Recorder(Method):
 
 def test_steps_and_passes_are_known(pair):
     """Guided, and then with another number of steps and not guided."""
-    name, _, ours = pair
+    name, theirs, ours = pair
     recorder = Recorder()
-    pipe = stood_in(name, with_methods(ours, recorder))
+    pipe = stood_in(name, with_methods(ours, recorder), theirs)
     for steps, scale in ((3, 3.0), (5, 1.0)):
         recorder.seen.clear()
         sample(pipe, name, steps, scale, **({"true_cfg_scale": scale} if name == "flux" else {}))
@@ -274,7 +275,7 @@ def own(name: str, model: Backbone, x: torch.Tensor, scheduler, steps: int) -> t
 def test_with_fora_the_trajectory_is_that_of_our_own_sampler(pair):
     name, theirs, ours = pair
     model, steps = with_methods(ours, FORA(interval=3)), 6
-    pipe = stood_in(name, model, theirs)  # Lumina's reads the trained size of its own
+    pipe = stood_in(name, model, theirs)
     x = torch.randn(
         2, 4, *((8, 12) if name not in ("dit", "lumina") else (ours.config.input_size)), generator=torch.Generator().manual_seed(5)
     )
@@ -293,9 +294,10 @@ def test_with_fora_the_trajectory_is_that_of_our_own_sampler(pair):
 
 @pytest.mark.parametrize("name", ["dit", "mmdit", "flux", "lumina", "hunyuan"])
 def test_modulation_is_made_ahead_at_the_times_of_the_pipeline(name):
-    ours = ours_of(name, live(name))
-    want = sample(stood_in(name, ours), name)
-    pipe = stood_in(name, with_methods(ours, Modulation()))
+    theirs = live(name)
+    ours = ours_of(name, theirs)
+    want = sample(stood_in(name, ours, theirs), name)
+    pipe = stood_in(name, with_methods(ours, Modulation()), theirs)
     assert relative(sample(pipe, name), want) <= 1e-5
     assert pipe.transformer.report()["modulation"]["hits"] == 3
 
