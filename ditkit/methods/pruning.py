@@ -61,7 +61,9 @@ class BlockOutputs(Method):
 
 
 def base_of(view: Backbone) -> Backbone:
-    """The model that a view was made of, or the model itself. Raises Conflict where a method replaced weights."""
+    """The model that a view was made of, or the model itself. Raises Conflict where a method replaced weights or gave blocks roles."""
+    if roles := [m.label for m in view.attached if m.stage == "structure" and "tokens" in m.owns]:
+        raise Conflict(f"{', '.join(roles)} gave each block a role, and weights for it", hint="prune first, attach and fine-tune then")
     if replaced := [m.label for m in view.attached if type(m).replace is not Method.replace]:
         raise Conflict(f"{', '.join(replaced)} replaced weights that pruning copies", hint="prune first, then quantise the result")
     base: Backbone = view.__dict__.get("_root", view)

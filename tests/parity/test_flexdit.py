@@ -16,7 +16,7 @@ from ditkit.diffusion.guidance import combine
 from ditkit.interop.dit import Constructor
 from ditkit.interop.flexdit import load_released, released_modules, to_released
 from ditkit.methods.efficiency.flexdit import FlexDiT, find
-from ditkit.methods.pruning import BlockOutputs, base_of
+from ditkit.methods.pruning import BlockOutputs
 
 G = open_golden("flexdit")
 WEIGHTS = {n.removeprefix("w/"): G[n] for n in G.starting("w/")}
@@ -32,10 +32,13 @@ def settings(side, **more):
     return {**values, "generation": generation, "sparse": sparse, "recovery": recovery, "dense": dense, **more}
 
 
-def network(side, *methods):
+def dit():
+    return DiT(Constructor.parse({k: v for k, v in G.config.items() if k in Constructor.model_fields}).to_ours())
+
+
+def network(side, *methods, base=None):
     """A DiT with the method, and the file's weights."""
-    given = {k: v for k, v in G.config.items() if k in Constructor.model_fields}
-    view = with_methods(DiT(Constructor.parse(given).to_ours()), FlexDiT(**settings(side)))
+    view = with_methods(base or dit(), FlexDiT(**settings(side)))
     load_released(view, WEIGHTS)
     return with_methods(view, *methods).eval() if methods else view.eval()
 
@@ -105,8 +108,8 @@ class Attended(Method):
 @torch.no_grad()
 def alone(blocks, side, *methods, **more):
     """These blocks on the file's dense tokens, as pooling blocks or modules of their own: the tokens after them, and the run."""
-    whole = network(side)
-    view = with_methods(keep_blocks(base_of(whole), blocks), flex := FlexDiT(**settings(side, **more)), *methods)
+    whole = network(side, base=(base := dit()))
+    view = with_methods(keep_blocks(base, blocks), flex := FlexDiT(**settings(side, **more)), *methods)
     flex.merges.load_state_dict({k: v for k, v in find(whole).merges.state_dict().items() if k in flex.merges.state_dict()})
     run = Run(view)
     run.begin("")

@@ -24,7 +24,7 @@ from ditkit.core.method import Method
 from ditkit.core.run import At, Run
 from ditkit.core.seams import Seam
 from ditkit.core.streams import Stream, grid_layout
-from ditkit.core.view import with_methods
+from ditkit.core.view import keep_blocks, with_methods
 from ditkit.diffusion.flow import Flow
 from ditkit.diffusion.solvers import SOLVERS
 from ditkit.methods.efficiency.clear import CLEAR
@@ -33,7 +33,7 @@ from ditkit.methods.efficiency.flexdit import FlexDiT, FlexDiTConfig, Merge, sid
 from ditkit.methods.efficiency.fora import FORA
 from ditkit.methods.efficiency.taylorseer import TaylorSeer
 from ditkit.methods.efficiency.tinyfusion import TinyFusion
-from ditkit.methods.pruning import BlockOutputs
+from ditkit.methods.pruning import BlockOutputs, base_of
 from ditkit.methods.specs import parse_spec
 from ditkit.nn.positions import sincos_table
 from ditkit.testing.contract import compiled_like_eager
@@ -304,6 +304,10 @@ def test_what_cannot_meet_is_refused_with_the_reason() -> None:
         with_methods(dit, small(), CLEAR(down=2))
     with pytest.raises(Conflict, match="static tokens, which flexdit takes away"):
         with_methods(dit, small(side_data=3), TaylorSeer())
+    with pytest.raises(Conflict, match="flexdit is attached"):
+        keep_blocks(with_methods(dit, small()), [0, 1])
+    with pytest.raises(Conflict, match="prune first"):
+        base_of(with_methods(dit, small()))
     with_methods(dit, method := small())
     with pytest.raises(Conflict, match="made for tokens of width 32"):
         with_methods(DiT.tiny(dim=16, num_heads=2), method)
