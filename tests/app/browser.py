@@ -103,7 +103,7 @@ class Browser:
         return result["result"].get("value")
 
     def wait(self, expression: str, timeout: float = 50):
-        """The value of an expression once it is true."""
+        """The value of an expression once it is true; an element has no value: ``!!element``."""
         deadline = time.monotonic() + timeout
         while not (value := self.js(expression)):
             if time.monotonic() > deadline:
@@ -118,11 +118,22 @@ class Browser:
         self.js(f"document.querySelector({json.dumps(selector)}).click()")
 
     def type(self, selector: str, text: str) -> None:
-        """Replace what a field holds, as a user would, and press Enter."""
-        self.js(f"(e => {{ e.focus(); e.select(); }})(document.querySelector({json.dumps(selector)}))")
+        """Replace what a field holds, as a user would, press Enter and leave it; the page has drawn itself after each."""
+        field = f"document.querySelector({json.dumps(selector)})"
+        self.js(f"(e => {{ e.focus(); e.select(); }})({field})")
+        self.drawn()
+        self.js(f"{field}.select()")  # opening a list may have moved the cursor
         self.call("Input.insertText", text=text)
+        self.drawn()
         for kind in ("rawKeyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13)
+        self.drawn()
+        self.js(f"{field}.blur()")
+        self.drawn()
+
+    def drawn(self) -> None:
+        """Two frames later: what an event changed is there."""
+        self.js("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))")
 
     def resize(self, width: int, height: int) -> None:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)

@@ -56,6 +56,7 @@ def page(tab, url):
 def generate(page, methods=None):
     if methods is not None:
         page.type("#methods input", methods)
+        page.wait(f"document.querySelector('#methods input').value === '{methods}'")
     page.wait(IDLE)
     page.click("#generate")
 
@@ -87,7 +88,7 @@ def test_nothing_is_asked_of_other_machines(page, url):
 
 def test_an_error_is_one_message_and_the_page_goes_on(page):
     generate(page, "fora:interval=0")
-    page.wait("document.querySelector('.dk-error')")
+    page.wait("!!document.querySelector('.dk-error')")
     assert page.js("document.querySelectorAll('.dk-error').length") == 1
     assert "interval" in page.text(".dk-error")
     generate(page, "fora:interval=1")
