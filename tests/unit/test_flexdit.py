@@ -65,7 +65,7 @@ def test_rates_are_the_published_grids() -> None:
     assert [side_of(r, 256) for r in (0.86, 0.75, 0.61, 0.44)] == [6, 8, 10, 12]
     assert [side_of(r, 1024) for r in (0.61, 0.86, 0.90, 0.9375, 0.96)] == [20, 12, 10, 8, 6]
     assert side_of(0.999, 100) == 1
-    assert [side_of(0.86, 256, how) for how in ("down", "up")] == [5, 6]  # type: ignore[arg-type]
+    assert [side_of(0.86, 256, how) for how in ("down", "up")] == [5, 6]
     with pytest.raises(DitkitError, match="rate 1.0"):
         side_of(1.0, 256)
 
@@ -88,10 +88,10 @@ def test_more_tokens_as_the_noise_falls() -> None:
 
 def test_rounding_is_a_setting() -> None:
     t = 0.6
-    down, near, up = (FlexDiTConfig(side_noise=6, side_data=10, rounding=how).side(t) for how in ("down", "nearest", "up"))  # type: ignore[arg-type]
+    down, near, up = (FlexDiTConfig(side_noise=6, side_data=10, rounding=how).side(t) for how in ("down", "nearest", "up"))
     assert down + 1 == up
     assert near in (down, up)
-    assert all(FlexDiTConfig(side_noise=8, side_data=8, rounding=how).side(t) == 8 for how in ("down", "nearest", "up"))  # type: ignore[arg-type]
+    assert all(FlexDiTConfig(side_noise=8, side_data=8, rounding=how).side(t) == 8 for how in ("down", "nearest", "up"))
 
 
 def test_noise_must_not_need_more_tokens() -> None:
@@ -164,8 +164,8 @@ def test_the_merged_map_is_the_dense_one_bit_for_bit() -> None:
 def test_without_gates_a_module_is_the_identity(side: int) -> None:
     model = DiT.tiny()
     for block in model.blocks:
-        torch.nn.init.zeros_(block.parts["img"].ada.weight)  # type: ignore[union-attr, index, arg-type]
-        torch.nn.init.zeros_(block.parts["img"].ada.bias)  # type: ignore[union-attr, index, arg-type]
+        torch.nn.init.zeros_(block.parts["img"].ada.weight)  # type: ignore[union-attr, index]
+        torch.nn.init.zeros_(block.parts["img"].ada.bias)  # type: ignore[union-attr, index]
     view = with_methods(model, small(side_noise=side, side_data=side))
     x, t, cond = model.example()
     s = model.embed(x, t, model.prepare(**cond))
@@ -320,7 +320,7 @@ def test_what_cannot_meet_is_refused_with_the_reason() -> None:
 def test_a_cache_computes_where_the_number_of_tokens_changes() -> None:
     view = with_methods(DiT.tiny(), small(side_data=3), FORA(interval=100))
     run = Run(view, 6)  # sides 2 2 2 3 3 3
-    modes = []
+    modes: list[list[Any]] = []
     for _ in run.steps():
         run.first = run.step == 0
         modes.append([dict((m.label, at.mode) for m, at in row.layers)["fora"] for row in run.plan()])

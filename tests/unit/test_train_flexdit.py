@@ -92,5 +92,5 @@ def test_the_recipe_trains_and_its_bundle_samples(tmp_path: Path) -> None:
     pipe = ditkit.from_pretrained(tmp_path / "out")
     assert find(pipe.eager).merges[0].sparse.weight.abs().max() > 0  # type: ignore[union-attr, operator]
     before = ditkit.from_pretrained("digits").eager.blocks[2].parts["img"].qkv.weight  # type: ignore[union-attr, index]
-    assert not torch.equal(pipe.eager.blocks[2].parts["img"].qkv.weight, before)  # type: ignore[union-attr, index, arg-type]
+    assert not torch.equal(pipe.eager.blocks[2].parts["img"].qkv.weight, before)  # type: ignore[union-attr, index]
     assert pipe(class_labels=[1], num_inference_steps=2, progress=False).x.isfinite().all()

@@ -1,5 +1,6 @@
-"""FlexDiT (arXiv 2412.06028, later SparseDiT): attention of a trained DiT looks at everything alike near the input, and far away only in
-some blocks above. So the lowest blocks average, and in the middle most blocks run on few tokens, the fewer the more noise there is.
+"""FlexDiT (arXiv 2412.06028): the lowest blocks average, those in the middle run on few tokens, the fewer the more noise there is.
+
+Attention of a trained DiT looks at everything alike in its lowest blocks, and in turn far and near above. Its second version is SparseDiT.
 
     poolingformer      x += g1 Proj(mean_n V(x_n))                                   then the MLP as ever
     module (SDTM)      S = pool(X);  S <- block(S, keys of X);  S <- blocks(S);
