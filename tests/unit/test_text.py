@@ -329,3 +329,14 @@ def test_the_cache_asks_for_new_prompts_only_and_never_hits_for_another_encoder(
         text.norm.weight.mul_(2)
     assert PROMPTS[0] not in TextCache(text, tmp_path)
     assert PROMPTS[0] not in TextCache(encoder(max_length=13), tmp_path)
+
+
+def test_words_start_far_apart_and_what_they_share_is_the_smaller_part() -> None:
+    """Else captions become one and the same while the network does not listen yet: padding bytes must not be a code of their own."""
+    text = encoder(dim=64, num_heads=4, depth=2)
+    words = ["red", "heart", "a", "umbrella", "on", "blue", "yellow", "knight", "above", "background"]
+    tokens = text.tokenize(words)
+    states = text(tokens.tokens, tokens.mask).states[:, 0]
+    shared = states.mean(0)
+    assert shared.square().sum() < 0.5 * states.square().sum(1).mean()
+    assert text.byte.weight[257].abs().max() == 0

@@ -55,12 +55,30 @@ class ByteEncoder(TextEncoder):
     def __init__(self, config: ByteConfig | None = None, **values: object) -> None:
         super().__init__(config, **values)
         cfg = self.config
-        self.byte = nn.Embedding(258, cfg.byte_dim)
+        self.byte = nn.Embedding(258, cfg.byte_dim, padding_idx=NOTHING)
         self.word = Mlp(cfg.word_bytes * cfg.byte_dim, cfg.dim, cfg.dim)
         self.position = nn.Embedding(cfg.max_length, cfg.dim)
         self.layers = nn.ModuleList(_Layer(cfg.dim, cfg.num_heads, cfg.mlp_ratio) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.dim)
-        nn.init.normal_(self.position.weight, std=0.1)  # a third of a word's code
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Words start far apart and layers silent.
+
+        No byte is a zero, not a code that all short words share; a word of four letters has a code of about unit size, a place a third
+        of that. Otherwise what all words have in common outweighs what they differ in, and while the network does not listen yet, that
+        part alone grows until every caption is the same.
+        """
+        cfg = self.config
+        nn.init.normal_(self.word.fc1.weight, std=(4 * cfg.byte_dim) ** -0.5)
+        nn.init.normal_(self.word.fc2.weight, std=1.5 * cfg.dim**-0.5)  # GELU leaves 0.43 of the square
+        nn.init.normal_(self.position.weight, std=0.3)
+        for linear in (self.word.fc1, self.word.fc2):
+            nn.init.zeros_(linear.bias)
+        for layer in self.layers:
+            for last in (layer.proj, layer.mlp.fc2):  # type: ignore[union-attr]
+                nn.init.zeros_(last.weight)  # type: ignore[arg-type]
+                nn.init.zeros_(last.bias)  # type: ignore[arg-type]
 
     @property
     def dim(self) -> int:
