@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ditkit.core.errors import DitkitError
 from ditkit.core.lazy import require
@@ -18,6 +18,10 @@ from .studio import Choices, Studio
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 gr = require("gradio", "app")
+if TYPE_CHECKING:
+    Request = Any
+else:
+    Request = gr.Request  # Gradio hands it to a parameter that is annotated so
 log = logging.getLogger("ditkit")
 
 TITLE = "ditkit"
@@ -117,13 +121,13 @@ class Page:
             gr.update(choices=list(c.solvers), value=c.sampling.solver),
         ]
 
-    def wait(self, request: gr.Request) -> Updates:
+    def wait(self, request: Request) -> Updates:
         """At once, before its turn comes; what the tab asked for before ends."""
         self._stop(request)
         self.jobs[str(request.session_hash)] = Job()
         return [cards.status("Waiting for its turn"), gr.skip(), *_buttons(busy=True)]
 
-    def run(self, request: gr.Request, *controls: Any) -> Iterator[Updates]:
+    def run(self, request: Request, *controls: Any) -> Iterator[Updates]:
         """Compare, and show how far it is."""
         job = self.jobs.get(str(request.session_hash)) or Job()
         state: State | None = None
@@ -140,17 +144,17 @@ class Page:
         else:
             yield ["", gr.skip(), *_buttons(busy=False)]
 
-    def halt(self, request: gr.Request) -> str:
+    def halt(self, request: Request) -> str:
         """Stop at the end of the solver step under way."""
         self._stop(request)
         return cards.status("Stopping after this step")
 
-    def leave(self, request: gr.Request) -> None:
+    def leave(self, request: Request) -> None:
         """The tab was closed: nobody waits for the pictures."""
         self._stop(request)
         self.jobs.pop(str(request.session_hash), None)
 
-    def _stop(self, request: gr.Request) -> None:
+    def _stop(self, request: Request) -> None:
         if job := self.jobs.get(str(request.session_hash)):
             job.stop.set()
 
