@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .came import CAME
 from .distributed import World, local
 from .recipe import TrainerRecipe
 
@@ -44,7 +45,7 @@ def clip_gradients(model: nn.Module, limit: float, world: World) -> Tensor:
 
 
 class Optimizers:
-    """AdamW for everything, or Muon for the matrices of the blocks and AdamW for the rest.
+    """AdamW or CAME for everything, or Muon for the matrices of the blocks and AdamW for the rest.
 
     Muon's rate is scaled to AdamW's size of update (2502.16982, section 2.2), so one learning rate serves both. torch computes
     it in bfloat16, which CPUs without AVX-512 do very slowly.
@@ -59,7 +60,8 @@ class Optimizers:
         groups: list[list[Tensor]] = [[p for n, p in params if n not in matrices and (n in decay) is flag] for flag in (True, False)]
         self.all: list[torch.optim.Optimizer] = []
         if any(groups):
-            self.all.append(_adamw([(group, wd) for group, wd in zip(groups, (cfg.weight_decay, 0.0)) if group], cfg))
+            make = _came if cfg.optimizer == "came" else _adamw
+            self.all.append(make([(group, wd) for group, wd in zip(groups, (cfg.weight_decay, 0.0)) if group], cfg))
         if matrices:
             muon = [p for n, p in params if n in matrices]
             self.all.append(torch.optim.Muon(muon, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
@@ -89,7 +91,7 @@ class Optimizers:
             o.zero_grad(set_to_none=True)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state, as "parameter.key" -> tensor like the parameter; they can be copied into."""
+        """The state, as "parameter.key" -> tensor; they can be copied into."""
         found = {}
         for p, state in self._states():
             found.update({f"{self.names[id(p)]}.{key}": value for key, value in state.items() if key != "step"})
@@ -118,6 +120,8 @@ class Optimizers:
                     on_device = p.device if o.defaults["fused"] else None
                     o.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=on_device)
                     o.state[p]["exp_avg"], o.state[p]["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                elif isinstance(o, CAME):
+                    o.begin(p)
                 else:
                     o.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
@@ -125,5 +129,13 @@ class Optimizers:
 def _adamw(groups: list[tuple[list[Tensor], float]], cfg: TrainerRecipe) -> torch.optim.AdamW:
     fused = all(p.device.type in ("cpu", "cuda") for group, _ in groups for p in group)
     return torch.optim.AdamW(
-        [{"params": group, "weight_decay": wd} for group, wd in groups], lr=cfg.learning_rate, betas=cfg.betas, fused=fused
+        [{"params": group, "weight_decay": wd} for group, wd in groups],
+        lr=cfg.learning_rate,
+        betas=(cfg.betas[0], cfg.betas[1]),
+        fused=fused,
     )
+
+
+def _came(groups: list[tuple[list[Tensor], float]], cfg: TrainerRecipe) -> CAME:
+    betas = (cfg.betas[0], cfg.betas[1], cfg.betas[2] if len(cfg.betas) > 2 else 0.9999)
+    return CAME([{"params": group, "weight_decay": wd} for group, wd in groups], lr=cfg.learning_rate, betas=betas)

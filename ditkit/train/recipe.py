@@ -45,9 +45,13 @@ class TrainerRecipe(Config):
     steps: int = Field(1000, ge=1, description="updates in total")
     batch_size: int = Field(128, ge=1, description="samples of one update, over all processes and micro-batches")
     accumulation: int = Field(1, ge=1, description="micro-batches that a process's share of the batch is split into")
-    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: for the matrices of the blocks, adamw for the rest")
+    optimizer: Literal["adamw", "muon", "came"] = Field(
+        "adamw", description="muon: for the matrices of the blocks, adamw for the rest; came: half of adamw's state"
+    )
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="averaging of AdamW's gradients and squares")
+    betas: tuple[float, ...] = Field(
+        (0.9, 0.999), description="averaging of gradients and squares; of came also a third, of its confidence, 0.9999 if not given"
+    )
     weight_decay: float = Field(0.0, ge=0, description="decoupled decay of matrices; vectors and tables are never decayed")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate after the warm-up; cosine ends at 0")
@@ -77,6 +81,8 @@ class TrainerRecipe(Config):
             raise ValueError(f"batch_size {self.batch_size} is no multiple of accumulation {self.accumulation}")
         if self.activation_checkpointing != "off" and self.compile == "step":
             raise ValueError("activation_checkpointing recomputes block by block: compile block, or off")
+        if len(self.betas) not in ((2, 3) if self.optimizer == "came" else (2,)):
+            raise ValueError(f"betas {self.betas}: {self.optimizer} has two" + (" or three" if self.optimizer == "came" else ""))
         if not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas {self.betas} are not in [0, 1)")
         return self

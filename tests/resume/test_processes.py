@@ -140,3 +140,17 @@ def test_a_lora_on_a_sharded_base(tmp_path: Path, one: Path) -> None:
     states = [read_tensors(folder / "methods" / "lora.safetensors") for folder in folders]
     assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
     assert all((folder / "model.safetensors").read_bytes() == (one / "model.safetensors").read_bytes() for folder in folders)
+
+
+def test_came_in_two_processes(tmp_path: Path) -> None:
+    """Its factored state is sharded with the parameters; its sums over rows and of the clipping go over both processes.
+
+    Against two micro-batches, whose gradients have the same bits: where a gradient is 0 but for rounding, a first step has its sign.
+    """
+    values = {"optimizer": "came", "learning_rate": 1e-3, "steps": 4, "validate_every": 0, "sample_every": 0}
+    train(Recipe.parse(recipe(**values, accumulation=2)), tmp_path / "one", progress=False)
+    assert train_with(2, tmp_path / "two", **values) == [0, 0]
+    assert same(tmp_path / "one", tmp_path / "two")
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-4")
+    train(Recipe.parse(recipe(**values, accumulation=2)), tmp_path / "two", progress=False)
+    assert same(tmp_path / "one", tmp_path / "two")
