@@ -11,6 +11,8 @@ from torch import Tensor
 from ditkit.core.errors import DitkitError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from .text import Text, TextEncoder
 
 
@@ -91,10 +93,35 @@ def told_size(model: Any, size: tuple[int, int], trained: tuple[int, int], count
     Returns:
         (count, 2), height and width; or (count, 6), those of the original, of the picture, and the corner of a crop.
     """
-    if "size" in wants(model) and getattr(model.config, "micro_conditions", False):
+    if _told_size(model):
         told: tuple[int, ...] = size
-    elif "size" in wants(model) and getattr(model.config, "size_and_style", False):
+    elif _told_crop(model):
         told = (*trained, *size, 0, 0)
     else:
         return {}
     return {"size": torch.tensor([told], dtype=torch.float32).expand(count, -1)}
+
+
+def told_framing(model: Any, framing: np.ndarray, size: tuple[int, int]) -> dict[str, Tensor]:
+    """What a network with micro-conditions is told of training pictures; nothing for others.
+
+    Args:
+        framing: (B, 4), height and width of each original, top and left of what is shown of it (``Pictures.framing``).
+        size: height and width of the pictures as they are shown.
+
+    Returns:
+        PixArt: the originals' sizes, and the aspect (B, 1) of what is shown. Hunyuan-DiT: (B, 6) as in ``told_size``.
+    """
+    original, top_left = torch.from_numpy(framing).float().split(2, 1)
+    shown = torch.tensor([size], dtype=torch.float32).expand(len(framing), -1)
+    if _told_size(model):
+        return {"size": original, "aspect": shown[:, :1] / shown[:, 1:]}
+    return {"size": torch.cat([original, shown, top_left], 1)} if _told_crop(model) else {}
+
+
+def _told_size(model: Any) -> bool:
+    return "size" in wants(model) and bool(getattr(model.config, "micro_conditions", False))
+
+
+def _told_crop(model: Any) -> bool:
+    return "size" in wants(model) and bool(getattr(model.config, "size_and_style", False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +20,7 @@ from ditkit.core.files import TensorFile
 from ditkit.diffusion.noise import normal
 
 from . import NoSplit
+from .buckets import grouped
 from .splits import split_folder
 from .transforms import check_indices, mirrored, sample_seeds
 
@@ -37,6 +39,7 @@ class Shard(Config):
 
     file: str = Field(pattern=r"^latents-[0-9a-f]{24}\.safetensors$", description="its name, a hash of its content")
     rows: int = Field(ge=1, description="samples")
+    shape: tuple[int, int, int] | None = Field(None, description="(c, h, w) of its latents, where pictures are in buckets")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of the file")
 
 
@@ -45,11 +48,12 @@ class Index(Config):
 
     format: Literal[1] = 1
     source: str = Field(description="data set that was encoded")
-    shape: tuple[int, int, int] = Field(description="(c, h, w) of a latent")
-    picture_shape: tuple[int, int, int] = Field(description="(C, H, W) of a picture")
+    shape: tuple[int, int, int] = Field(description="(c, h, w) of a latent; in buckets of the largest square")
+    picture_shape: tuple[int, int, int] = Field(description="(C, H, W) of a picture; likewise")
     labels: tuple[str, ...] = Field((), description="class names; empty: no labels")
     captions: bool = Field(False, description="captions are kept")
     mirrored: bool = Field(description="latents of the mirrored pictures are kept")
+    framing: bool = Field(False, description="sizes of the originals, and what is shown of them, are kept")
     dtype: Literal["float32", "float16", "bfloat16"] = Field(description="of the latents")
     codec: str = Field(description="name of the codec")
     codec_config: dict[str, Any] = Field(description="its configuration")
@@ -58,8 +62,10 @@ class Index(Config):
 
     @model_validator(mode="after")
     def _positive(self) -> Index:
-        if min(*self.shape, *self.picture_shape) < 1:
-            raise ValueError(f"shape {self.shape} or picture_shape {self.picture_shape} has an empty side")
+        if min(*self.shape, *self.picture_shape, *(side for s in self.shards for side in s.shape or ())) < 1:
+            raise ValueError(f"shape {self.shape}, picture_shape {self.picture_shape} or a shard's has an empty side")
+        if any(s.shape is not None and s.shape[0] != self.shape[0] for s in self.shards):
+            raise ValueError(f"shards differ in channels from shape {self.shape}")
         return self
 
 
@@ -89,7 +95,7 @@ class MappedTensors:
 
 
 class LatentSet:
-    """Cached latents as a data set: ``shape`` is (c, h, w), labels and captions are those of the source.
+    """Cached latents as a data set: ``shape`` is (c, h, w), labels and captions are those of the source, and so are ``groups`` (buckets).
 
     Args:
         root: a folder made by ``cache_latents``, or one with such folders named train and test.
@@ -113,6 +119,9 @@ class LatentSet:
         self._starts = np.cumsum([0, *(s.rows for s in index.shards)])
         labels = [self._check(s) for s in index.shards]
         self._y = torch.cat([y for y in labels if y is not None]) if index.labels else None
+        self.groups = None
+        if any(s.shape is not None for s in index.shards):
+            self.groups = grouped([self._shape(i) for i, s in enumerate(index.shards) for _ in range(s.rows)])
         self._file = lru_cache(maxsize=64)(self._open)
         self._texts = lru_cache(maxsize=8)(self._captions_of)
 
@@ -134,8 +143,9 @@ class LatentSet:
         """As ``batch``, but samples of the posteriors, half of them mirrored if ``flip``: functions of (seed, step, index)."""
         indices = check_indices(indices, len(self))
         flips = mirrored(indices, seed, step) if self.flip else torch.zeros(len(indices), dtype=torch.bool)
-        x = torch.empty(len(indices), *self.shape)
-        eps = normal(sample_seeds(indices, seed), step, "posterior", self.shape)
+        shape = self._shape_of(indices)
+        x = torch.empty(len(indices), *shape)
+        eps = normal(sample_seeds(indices, seed), step, "posterior", shape)
         for chosen, (mean, std) in ((~flips, PLAIN), (flips, MIRRORED)):
             if chosen.any():
                 rows = indices[chosen.numpy()]
@@ -147,7 +157,7 @@ class LatentSet:
         if not self.index.captions:
             raise DitkitError(f"{self.folder} holds no captions", hint="cache a data set that has them")
         indices = check_indices(indices, len(self))
-        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        shards = self._shards_of(indices)
         return [self._texts(int(s))[int(i - self._starts[s])] for s, i in zip(shards, indices)]
 
     def codec(self) -> Codec:
@@ -173,9 +183,35 @@ class LatentSet:
             if sha256_of(self.folder / shard.file) != shard.sha256:
                 raise WeightsError(f"{self.folder / shard.file} was altered", hint="delete it and run cache_latents again")
 
+    @property
+    def framing(self) -> Callable[..., np.ndarray] | None:
+        """As ``Pictures.framing``, where it was kept; latents are cut in the centre at every step."""
+        return (lambda indices, **_: self._framing(check_indices(indices, len(self)))) if self.index.framing else None
+
+    def _framing(self, indices: np.ndarray) -> np.ndarray:
+        found = np.empty((len(indices), 4), np.int64)
+        shards = self._shards_of(indices)
+        for shard in np.unique(shards):
+            here = shards == shard
+            found[here] = self._file(int(shard)).rows("framing", indices[here] - self._starts[shard]).numpy()
+        return found
+
+    def _shards_of(self, indices: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._starts, indices, side="right") - 1
+
+    def _shape(self, shard: int) -> tuple[int, int, int]:
+        return self.index.shards[shard].shape or self.index.shape
+
+    def _shape_of(self, indices: np.ndarray) -> tuple[int, int, int]:
+        """The one shape of these samples."""
+        found = sorted({self._shape(int(s)) for s in np.unique(self._shards_of(indices))} or {self.shape})
+        if len(found) > 1:
+            raise DitkitError(f"latents of shapes {found[0]} and {found[1]} are asked for together", allowed="samples of one of groups")
+        return found[0]
+
     def _rows(self, name: str, indices: np.ndarray) -> Tensor:
-        x = torch.empty(len(indices), *self.shape)
-        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        x = torch.empty(len(indices), *self._shape_of(indices))
+        shards = self._shards_of(indices)
         for shard in np.unique(shards):
             here = shards == shard
             x[torch.from_numpy(here)] = self._file(int(shard)).rows(name, indices[here] - self._starts[shard]).float()
@@ -193,7 +229,9 @@ class LatentSet:
     def _check(self, shard: Shard) -> Tensor | None:
         """Header of a shard against the index; its labels."""
         names = (*PLAIN, *MIRRORED) if self.index.mirrored else PLAIN
-        expect: dict[str, tuple[int, ...]] = {name: (shard.rows, *self.index.shape) for name in names}
+        expect: dict[str, tuple[int, ...]] = {name: (shard.rows, *(shard.shape or self.index.shape)) for name in names}
+        if self.index.framing:
+            expect["framing"] = (shard.rows, 4)
         if self.index.labels:
             expect["y"] = (shard.rows,)
         with TensorFile(self.folder / shard.file) as file:

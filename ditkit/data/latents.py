@@ -78,7 +78,7 @@ def cache_latents(
     flip = bool(transform and transform.flip) if flip is None else flip
     work = _Work(dataset, codec.eval(), Path(folder), flip, dtype, batch_size)
     with tqdm(total=len(dataset), desc="latents", delay=2, disable=not progress) as bar:
-        work.run(max(1, shard_bytes // work.row_bytes()), bar)
+        work.run(shard_bytes, bar)
     found = LatentSet(folder)
     found.report = report = CacheReport(len(dataset), work.encoded, len(dataset) - work.encoded, len(found.index.shards))
     log.info("%d latents in %s: %d encoded, %d found", report.samples, folder, report.encoded, report.reused)
@@ -94,26 +94,35 @@ class _Work:
         channels, height, width = dataset.shape
         self.picture_shape = (channels, height, width)
         self.shape = codec.latent_shape(self.picture_shape)
+        self.shapes = {self.shape, *(shape for _, shape in self.parts(1 << 62))}
+        self.framing = isinstance(dataset, Pictures)
         self.codec_hash = codec.content_hash()
         self.with_captions = bool(getattr(dataset, "has_captions", hasattr(dataset, "captions")))
         self.encoded = 0
         self._found: dict[str, tuple[Path, int]] | None = None
 
-    def row_bytes(self) -> int:
-        """Bytes of one sample in a shard."""
-        return len(self.names) * int(np.prod(self.shape)) * getattr(torch, self.dtype).itemsize
+    def parts(self, shard_bytes: int) -> Iterator[tuple[np.ndarray, tuple[int, int, int]]]:
+        """The samples of each shard, with the shape of their latents: one bucket after the other."""
+        groups = getattr(self.dataset, "groups", None)
+        for numbers in [np.arange(len(self.dataset))] if groups is None else groups:
+            shape = self.shape
+            if groups is not None:
+                shape = self.codec.latent_shape((self.picture_shape[0], *self.dataset.sizes[numbers[0]]))  # type: ignore[attr-defined]
+            row_bytes = len(self.names) * int(np.prod(shape)) * getattr(torch, self.dtype).itemsize
+            rows = max(1, shard_bytes // row_bytes)
+            yield from ((numbers[i : i + rows], shape) for i in range(0, len(numbers), rows))
 
-    def run(self, rows: int, bar: tqdm[Any]) -> None:
+    def run(self, shard_bytes: int, bar: tqdm[Any]) -> None:
         """Make the shards that are lacking, then the index, then remove what it does not list: some whole cache always stands."""
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_temporary(self.folder)
         sums = _sums(self.folder)
         shards = []
-        for start in range(0, len(self.dataset), rows):
-            ids = np.arange(start, min(start + rows, len(self.dataset)))
-            name, is_new = self._shard(ids, bar)
+        for ids, shape in self.parts(shard_bytes):
+            name, is_new = self._shard(ids, shape, bar)
             known = None if is_new else sums.get(name)
-            shards.append(Shard(file=name, rows=len(ids), sha256=known or sha256_of(self.folder / name)))
+            own = None if getattr(self.dataset, "groups", None) is None else shape
+            shards.append(Shard(file=name, rows=len(ids), shape=own, sha256=known or sha256_of(self.folder / name)))
         if not self.codec.has_folder and self.codec.state_dict():
             save_codec(self.codec, self.folder / CODEC)
         write_json(self.folder / INDEX, self._index(shards).to_dict())
@@ -130,6 +139,7 @@ class _Work:
             labels=tuple(self.dataset.labels),
             captions=self.with_captions,
             mirrored=self.names != PLAIN,
+            framing=self.framing,
             dtype=self.dtype,
             codec=self.codec.name,
             codec_config=self.codec.config.to_dict(),
@@ -137,17 +147,20 @@ class _Work:
             shards=tuple(shards),
         )
 
-    def _shard(self, ids: np.ndarray, bar: tqdm[Any]) -> tuple[str, bool]:
+    def _shard(self, ids: np.ndarray, shape: tuple[int, ...], bar: tqdm[Any]) -> tuple[str, bool]:
         """Name of the shard of these samples, and whether it was made now."""
         keys, y, captions = self._describe(ids)
-        content = json.dumps([self.names, self.dtype, keys, None if y is None else y.tolist(), captions])
+        framing = self.dataset.framing(ids).tolist() if isinstance(self.dataset, Pictures) else None
+        content = json.dumps([self.names, self.dtype, keys, None if y is None else y.tolist(), captions, *([framing] if framing else [])])
         name = f"latents-{hashlib.sha256(content.encode()).hexdigest()[:24]}.safetensors"
         if self._stands(self.folder / name):
             bar.update(len(ids))
             return name, False
-        tensors = self._latents(ids, keys, bar)
+        tensors = self._latents(ids, keys, shape, bar)
         if y is not None:
             tensors["y"] = y
+        if framing is not None:
+            tensors["framing"] = torch.tensor(framing)
         write_tensors(self.folder / name, tensors, {"keys": json.dumps(keys), "captions": json.dumps(captions)})
         return name, True
 
@@ -166,10 +179,10 @@ class _Work:
         has_labels = len(data.labels) > 0
         return keys, torch.cat([y for y in labels if y is not None]) if has_labels else None, captions
 
-    def _latents(self, ids: np.ndarray, keys: list[str], bar: tqdm[Any]) -> dict[str, Tensor]:
+    def _latents(self, ids: np.ndarray, keys: list[str], shape: tuple[int, ...], bar: tqdm[Any]) -> dict[str, Tensor]:
         """Tensors of a shard: rows found in older shards are copied, the others encoded."""
         dtype = getattr(torch, self.dtype)
-        out = {name: torch.empty(len(ids), *self.shape, dtype=dtype) for name in self.names}
+        out = {name: torch.empty(len(ids), *shape, dtype=dtype) for name in self.names}
         found = self._older()
         old = [row for row, key in enumerate(keys) if key in found]
         for path in {found[keys[row]][0] for row in old}:
@@ -233,7 +246,9 @@ class _Work:
     def _keys_of(self, path: Path) -> dict[str, tuple[Path, int]]:
         dtype = getattr(torch, self.dtype)
         with TensorFile(path) as file:
-            if any(n not in file.entries or file.entries[n].dtype != dtype or file.entries[n].shape[1:] != self.shape for n in self.names):
+            if any(
+                n not in file.entries or file.entries[n].dtype != dtype or file.entries[n].shape[1:] not in self.shapes for n in self.names
+            ):
                 return {}
             try:
                 keys = json.loads(file.metadata["keys"])

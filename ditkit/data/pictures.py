@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +18,15 @@ from ditkit.core.cache import cache_dir
 from ditkit.core.errors import DitkitError
 
 from . import NoSplit
+from .buckets import Buckets, Size, grouped
 from .captions import decode_caption
 from .scan import Fault, Limits, Picture, Sample, Scan, read_member, scan
-from .transforms import Transform, apply, check_indices, crop_places, mirrored, quiet
+from .transforms import Transform, apply, check_indices, corner, crop_places, mirrored, quiet, scalings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+log = logging.getLogger("ditkit.data")
 Kind = Literal["classes", "captions", "unlabelled"]
 _THREADS = min(8, os.cpu_count() or 1)
 
@@ -53,13 +56,22 @@ class Pictures:
         kind: "classes", "captions" or "unlabelled".
         labels: class names in the order of their numbers; empty unless kind is "classes".
         scan: what the scan found, its faults included.
-        pictures: those of this split.
-        shape: (C, H, W) of every sample.
+        pictures: of every sample of this split; with ``buckets.sizes`` "all" a picture is a sample at each of its sizes.
+        shape: (C, H, W) of every sample; with buckets that of the largest square.
+        sizes: (H, W) of every sample, where there are buckets.
+        groups: where there are buckets, the numbers of the samples of each size; one batch holds samples of one group.
     """
 
+    sizes: list[Size] | None = None
+    groups: list[np.ndarray] | None = None
+
     def __init__(self, name: str, kind: Kind, labels: Sequence[str], found: Scan, pictures: list[Picture], config: ImageConfig) -> None:
-        self.name, self.kind, self.config, self.scan, self.pictures = name, kind, config, found, pictures
-        self.labels = list(labels)
+        self.name, self.kind, self.config, self.scan, self.labels = name, kind, config, found, list(labels)
+        if config.buckets is not None:
+            pictures, self.sizes = at_sizes(pictures, config.buckets)
+            self.groups = grouped(self.sizes)
+            log.info("buckets of %s: %s", name, ", ".join(f"{len(g)} of {'x'.join(map(str, self.sizes[g[0]]))}" for g in self.groups))
+        self.pictures = pictures
         self.shape = _shape(pictures, config)
         self._numbers = {label: i for i, label in enumerate(self.labels)}
 
@@ -96,6 +108,15 @@ class Pictures:
             x[flips] = x[flips].flip(-1)
         return self._with_labels(indices, x)
 
+    def framing(self, indices: np.ndarray, *, seed: int = 0, step: int | None = None) -> np.ndarray:
+        """What a network with micro-conditions is told: (B, 4), height and width of the upright picture in its file, top and left of
+        the part that is shown, in pixels of the scaled picture before it is mirrored. With a step as in ``augmented``, else ``batch``.
+        """
+        indices = check_indices(indices, len(self))
+        random = step is not None and self.config.crop == "random"
+        where = crop_places(indices, seed, step or 0).tolist() if random else [None] * len(indices)
+        return np.array([self._framing(i, at) for i, at in zip(indices, where)], np.int64).reshape(-1, 4)
+
     def captions(self, indices: np.ndarray) -> list[str]:
         """The caption of each sample, read from its file; raises DitkitError where the set has none."""
         if not self.has_captions:
@@ -107,8 +128,13 @@ class Pictures:
         import torch
 
         places = [None] * len(indices) if where is None else where
+        sizes = [self._size(i) for i in indices]
+        if len(distinct := sorted({size for size in sizes if size is not None})) > 1:
+            raise DitkitError(
+                f"samples of sizes {distinct[0]} and {distinct[1]} are asked for together", allowed="samples of one of groups"
+            )
         with quiet, ThreadPoolExecutor(_THREADS) as pool:
-            rows = list(pool.map(self._load, (self.pictures[i] for i in indices), places))
+            rows = list(pool.map(self._load, (self.pictures[i] for i in indices), places, sizes))
         return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, *self.shape)
 
     def labels_of(self, indices: np.ndarray) -> Tensor | None:
@@ -129,14 +155,25 @@ class Pictures:
         return {"x": x} if y is None else {"x": x, "y": y}
 
     def content_keys(self, indices: np.ndarray) -> list[str]:
-        """For each sample a SHA-256 of its file and of the transform, but for mirroring."""
-        rule = json.dumps(self.transform.model_copy(update={"flip": False}).to_dict(), sort_keys=True)
-        return [hashlib.sha256(f"{self.pictures[i].sha256} {rule}".encode()).hexdigest() for i in indices]
+        """For each sample a SHA-256 of its file and of the transform, but for mirroring; of buckets its own size counts."""
+        rule = json.dumps(self.transform.model_copy(update={"flip": False, "buckets": None}).to_dict(), sort_keys=True)
+        sizes = ("" if self.sizes is None else f" {self.sizes[i]}" for i in indices)
+        return [hashlib.sha256(f"{self.pictures[i].sha256} {rule}{size}".encode()).hexdigest() for i, size in zip(indices, sizes)]
 
-    def _load(self, picture: Picture, where: tuple[float, float] | None) -> np.ndarray:
+    def _size(self, index: int) -> Size | None:
+        """Height and width of a sample; None: as the picture is."""
+        side = self.config.resolution
+        return self.sizes[index] if self.sizes is not None else None if side is None else (side, side)
+
+    def _framing(self, index: int, where: tuple[float, float] | None) -> tuple[int, int, int, int]:
+        picture, size = self.pictures[index], self._size(index)
+        left, top = (0, 0) if size is None else corner(scalings((picture.width, picture.height), size)[-1], size, where)
+        return picture.height, picture.width, top, left
+
+    def _load(self, picture: Picture, where: tuple[float, float] | None, size: Size | None) -> np.ndarray:
         member = picture.sample.picture
         try:
-            return apply(self.config, read_member(self.scan.root, member), where)
+            return apply(self.config, read_member(self.scan.root, member), where, size)
         except MemoryError:
             raise
         except Exception as error:  # as in the scan: a damaged file makes Pillow raise almost anything
@@ -161,8 +198,15 @@ def scanned(root: Path, samples: Sequence[Sample], faults: Sequence[Fault], conf
         limits=config.limits,
         caption_encoding=config.caption_encoding,
         strict=config.strict_data,
+        refuse=None if config.buckets is None else config.buckets.fault,
         progress=progress,
     )
+
+
+def at_sizes(pictures: Sequence[Picture], buckets: Buckets) -> tuple[list[Picture], list[Size]]:
+    """Pictures that passed the scan, each as often as it has sizes, and these sizes."""
+    found = [(p, size) for p in pictures for size in buckets.of(p.height, p.width)]
+    return [p for p, _ in found], [size for _, size in found]
 
 
 def cache_folder(root: Path, choice: str) -> Path | None:
@@ -199,13 +243,15 @@ def held_out(pictures: list[Picture], test_fraction: float, split: str) -> list[
 
 
 def _shape(pictures: list[Picture], config: ImageConfig) -> tuple[int, int, int]:
+    if config.buckets is not None:
+        return config.channels, config.buckets.resolutions[-1], config.buckets.resolutions[-1]
     if config.resolution is not None:
         return config.channels, config.resolution, config.resolution
     first = pictures[0]
     for p in pictures:
         if (p.width, p.height) != (first.width, first.height):
             a, b = (f"{q.sample.picture.name} is {q.width}x{q.height}" for q in (first, p))
-            raise DitkitError(f"pictures differ in size: {a}, {b}", hint="give resolution: all become squares of that side")
+            raise DitkitError(f"pictures differ in size: {a}, {b}", hint="give resolution, all become squares of that side; or buckets")
     return config.channels, first.height, first.width
 
 

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -125,6 +125,7 @@ def scan(
     limits: Limits | None = None,
     caption_encoding: str = "utf-8",
     strict: bool = False,
+    refuse: Callable[[int, int], str] | None = None,
     workers: int | None = None,
     progress: bool = True,
 ) -> Scan:
@@ -134,6 +135,7 @@ def scan(
         cache: folder for what was found (``scan.jsonl``) and the list of faults (``quarantine.json``); None keeps nothing.
         faults: found while listing, to be reported with the rest.
         strict: stop at the end of the scan if there is any fault.
+        refuse: (height, width) -> why a good picture of that size is not used, or "".
         workers: threads that decode; default: up to 8, one a processor.
 
     Raises:
@@ -152,7 +154,8 @@ def scan(
                 decoded += is_new
                 if is_new:
                     known.add(sample.picture, record)
-                found = [f for f in (record.fault(sample.picture.name), caption.fault) if f]
+                reason = record.reason or (refuse(record.height, record.width) if refuse else "")
+                found = [f for f in (Fault(sample.picture.name, reason) if reason else None, caption.fault) if f]
                 bad += found
                 if not found:
                     good.append(Picture(sample, record.width, record.height, record.sha256))
@@ -219,9 +222,6 @@ class _Record(NamedTuple):
     width: int
     height: int
     reason: str
-
-    def fault(self, name: str) -> Fault | None:
-        return Fault(name, self.reason) if self.reason else None
 
 
 class _Caption(NamedTuple):

@@ -169,10 +169,12 @@ def write_shards(dataset: Dataset, folder: str | Path, *, max_samples: int = 10_
         max_samples, max_bytes: of one shard; a sample is never cut in two.
 
     Raises:
-        DitkitError: max_samples or max_bytes is not positive, or the pictures have neither 1 nor 3 channels.
+        DitkitError: max_samples or max_bytes is not positive, the pictures have neither 1 nor 3 channels, or one is a sample twice.
     """
     if max_samples < 1 or max_bytes < 1:
         raise DitkitError(f"max_samples is {max_samples}, max_bytes is {max_bytes}", allowed="1 or more")
+    if isinstance(dataset, Pictures) and dataset.config.buckets is not None and dataset.config.buckets.sizes == "all":
+        raise DitkitError("buckets.sizes is 'all': a picture is a sample at each of its sizes", allowed="a set loaded without buckets")
     folder = Path(folder)
     with atomic_folder(folder) as temporary:
         names = []

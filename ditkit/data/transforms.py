@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ditkit.core.config import Config
 from ditkit.core.errors import DitkitError
+
+from .buckets import Buckets, Size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,11 +32,16 @@ class Transform(Config):
     """What is done to every picture of a set."""
 
     resolution: int | None = Field(None, ge=1, le=16384, description="side of the square pictures; absent: as they are, all of one size")
+    buckets: Buckets | None = Field(None, description="sizes of about equal area, for pictures of many shapes, in place of a resolution")
     channels: Literal[1, 3] = Field(3, description="3: colour, 1: grey")
-    crop: Literal["centre", "random"] = Field(
-        "centre", description="which square of a picture that is longer than wide, or wider than long"
-    )
+    crop: Literal["centre", "random"] = Field("centre", description="which part of a picture that is longer or wider than its size")
     flip: bool = Field(False, description="mirror half of the pictures, drawn anew at every step")
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Transform:
+        if self.resolution is not None and self.buckets is not None:
+            raise ValueError("resolution and buckets are both given: one of them says the sizes")
+        return self
 
 
 class Refused(ValueError):
@@ -102,22 +109,38 @@ def _as_mode(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def cover(image: Image.Image, side: int) -> Image.Image:
-    """Scale so that the shorter side is ``side``: halved by box averages while it is at least twice that, then bicubic.
+def scalings(size: tuple[int, int], wanted: Size) -> list[tuple[int, int]]:
+    """The sizes (width, height) that a picture goes through until it just covers ``wanted`` (height, width): halves, then the last one."""
+    (width, height), (h, w), found = size, wanted, []
+    while height >= 2 * h and width >= 2 * w:
+        width, height = width // 2, height // 2
+        found.append((width, height))
+    scale = max(h / height, w / width)
+    return [*found, (round(width * scale), round(height * scale))]
 
-    The rule of "Diffusion Models Beat GANs on Image Synthesis", arXiv:2105.05233, which DiT and its evaluation sets use.
+
+def cover(image: Image.Image, size: Size) -> Image.Image:
+    """Scale so that the picture just covers ``size`` (height, width): halved by box averages while it is at least twice that, then bicubic.
+
+    The rule of "Diffusion Models Beat GANs on Image Synthesis", arXiv:2105.05233, which DiT and its evaluation sets use for squares.
     """
-    while min(image.size) >= 2 * side:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = side / min(image.size)
-    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    *halves, last = scalings(image.size, size)
+    for half in halves:
+        image = image.resize(half, Image.Resampling.BOX)
+    return image.resize(last, Image.Resampling.BICUBIC)
 
 
-def square(image: Image.Image, side: int, where: tuple[float, float] | None = None) -> Image.Image:
-    """A square of ``side`` pixels: the centre, or the one at ``where`` (x, y in [0, 1) of the room there is)."""
-    room = (image.width - side, image.height - side)
+def corner(covering: tuple[int, int], size: Size, where: tuple[float, float] | None = None) -> tuple[int, int]:
+    """(left, top) of the part of ``size`` in a picture (width, height): the centre, or ``where`` (x, y in [0, 1) of the room there is)."""
+    room = (covering[0] - size[1], covering[1] - size[0])
     left, top = (r // 2 for r in room) if where is None else (int(w * (r + 1)) for w, r in zip(where, room))
-    return image.crop((left, top, left + side, top + side))
+    return left, top
+
+
+def cut(image: Image.Image, size: Size, where: tuple[float, float] | None = None) -> Image.Image:
+    """The part of ``size`` (height, width) at ``corner``."""
+    left, top = corner(image.size, size, where)
+    return image.crop((left, top, left + size[1], top + size[0]))
 
 
 def to_numbers(image: Image.Image) -> np.ndarray:
@@ -126,12 +149,12 @@ def to_numbers(image: Image.Image) -> np.ndarray:
     return values[None] if values.ndim == 2 else np.ascontiguousarray(values.transpose(2, 0, 1))
 
 
-def apply(transform: Transform, raw: bytes, where: tuple[float, float] | None = None) -> np.ndarray:
-    """The bytes of a file -> (C, H, W) float32 in [-1, 1], not mirrored. ``where``: see ``square``."""
+def apply(transform: Transform, raw: bytes, where: tuple[float, float] | None = None, size: Size | None = None) -> np.ndarray:
+    """The bytes of a file -> (C, H, W) float32 in [-1, 1], not mirrored. ``where``: see ``corner``; ``size``: by default the resolution."""
     image = decode(raw, transform.channels)
-    if transform.resolution is not None:
-        image = square(cover(image, transform.resolution), transform.resolution, where)
-    return to_numbers(image)
+    if size is None and transform.resolution is not None:
+        size = (transform.resolution, transform.resolution)
+    return to_numbers(image if size is None else cut(cover(image, size), size, where))
 
 
 def mirrored(indices: Sequence[int] | np.ndarray, seed: int, step: int) -> Tensor:
@@ -142,7 +165,7 @@ def mirrored(indices: Sequence[int] | np.ndarray, seed: int, step: int) -> Tenso
 
 
 def crop_places(indices: Sequence[int] | np.ndarray, seed: int, step: int) -> Tensor:
-    """(B, 2) places for ``square``, uniform in [0, 1)."""
+    """(B, 2) places for ``cut``, uniform in [0, 1)."""
     from ditkit.diffusion.noise import uniform
 
     return uniform(sample_seeds(indices, seed), step, "crop", (2,))

@@ -11,8 +11,9 @@ Losses and similarities are of 256 training samples at fixed times and noise.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,29 +42,29 @@ from .bases import PACKAGE, code_hash
 SAMPLES = 256
 
 
-def origin(text: str, folder: Path, data: str, seed: int) -> str:
-    """The folder of ``@NAME`` or ``@NAME:CUT``, where NAME is in ``folder``; what is cut is written beside it, once."""
+def origin(text: str, folder: Path, home: Path, data: str, seed: int, options: Mapping[str, Any] | None = None) -> str:
+    """The folder of ``@NAME`` or ``@NAME:CUT``, where NAME is in ``folder``; what is cut is written below ``home``, once."""
     _, _, how = text.partition(":")
     if not how:
         return str(folder)
     code = code_hash((Path(__file__), PACKAGE / "methods" / "pruning.py"))[:16]  # another criterion is another cut
-    cut = folder / "cuts" / f"{how.replace(':', '-')}-seed-{seed}-{code}"
+    cut = home / "cuts" / f"{how.replace(':', '-')}-seed-{seed}-{code}"
     if not (cut / MANIFEST).is_file():
         pipe = Pipeline.from_pretrained(folder, dtype="float32", device="cpu")
-        prune_pipeline(pipe, choose(pipe, how, data, seed)).save_pretrained(cut)
+        prune_pipeline(pipe, choose(pipe, how, data, seed, options)).save_pretrained(cut)
     return str(cut)
 
 
-def choose(pipe: Pipeline, how: str, data: str, seed: int) -> tuple[int, ...]:
-    """The blocks that stay, by a criterion of the module's list. Raises ConfigError for another."""
+def choose(pipe: Pipeline, how: str, data: str, seed: int, options: Mapping[str, Any] | None = None) -> tuple[int, ...]:
+    """The blocks that stay, by a criterion of the module's list; ``options`` of the data set. Raises ConfigError for another."""
     name, _, count = how.partition(":")
     model = base_of(pipe.eager).eval()
-    depth = len(model.blocks)
+    depth, known = len(model.blocks), options or {}
     criteria: dict[str, Callable[[int], tuple[int, ...]]] = {
-        "importance": lambda n: least_needed(similarity(pipe, model, data), depth - n),
-        "error": lambda n: most_sensitive(sensitivity(model, loss_of(pipe, data)), n),
+        "importance": lambda n: least_needed(similarity(pipe, model, data, known), depth - n),
+        "error": lambda n: most_sensitive(sensitivity(model, loss_of(pipe, data, known)), n),
         "random": lambda n: random_blocks(depth, n, seed),
-        "loss": lambda n: by_loss(model, n, loss_of(pipe, data))[0].keep,
+        "loss": lambda n: by_loss(model, n, loss_of(pipe, data, known))[0].keep,
     }
     if how == "learned":
         return find(pipe.eager).decide().keep
@@ -72,22 +73,23 @@ def choose(pipe: Pipeline, how: str, data: str, seed: int) -> tuple[int, ...]:
     return criteria[name](int(count))
 
 
-def calibration(pipe: Pipeline, data: str) -> Batch:
+def calibration(pipe: Pipeline, data: str, options: Mapping[str, Any]) -> Batch:
     """Training samples with times and noise that never change."""
-    train = load(data, "train")
-    draws = objective_from("diffusion", {}, pipe.process).draws(tuple(train.shape))
-    return Batches(train, draws, seed=0, batch_size=1, purpose="calibration").fixed(min(SAMPLES, len(train)))
+    train = load(data, "train", **options)
+    draws = objective_from("diffusion", {}, pipe.process).draws
+    (batch,) = Batches(train, draws, seed=0, batch_size=1, purpose="calibration").fixed(min(SAMPLES, len(train)))
+    return batch
 
 
-def loss_of(pipe: Pipeline, data: str) -> Callable[[Backbone], float]:
+def loss_of(pipe: Pipeline, data: str, options: Mapping[str, Any]) -> Callable[[Backbone], float]:
     """The mean loss of a network on ``calibration``, with all its labels."""
-    objective, batch = objective_from("diffusion", {"label_dropout": 0.0}, pipe.process), calibration(pipe, data)
-    return lambda model: validation_loss(model, objective, batch, SAMPLES)
+    objective, batch = objective_from("diffusion", {"label_dropout": 0.0}, pipe.process), calibration(pipe, data, options)
+    return lambda model: validation_loss(model, objective, [batch], SAMPLES)
 
 
-def similarity(pipe: Pipeline, model: Backbone, data: str) -> torch.Tensor:
+def similarity(pipe: Pipeline, model: Backbone, data: str, options: Mapping[str, Any]) -> torch.Tensor:
     """``block_similarity`` on ``calibration``."""
-    batch, process = calibration(pipe, data).tensors, pipe.process
+    batch, process = calibration(pipe, data, options).tensors, pipe.process
     x0 = batch["x"]
     t = process.at(x0.shape[1:]).sample_time(batch["time"])
     x_t = process.network_input(process.add_noise(x0, batch["noise"], t), t)

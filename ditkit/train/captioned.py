@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ditkit.conditioning import TextEncoder, network_inputs, takes_text
 from ditkit.conditioning.cache import TextCache
-from ditkit.conditioning.inputs import check_encoder, told_size
+from ditkit.conditioning.inputs import check_encoder, told_framing, told_size
 from ditkit.core.errors import ConfigError
 from ditkit.data import Dataset
 
@@ -40,6 +40,7 @@ class Captioned:
     def __init__(self, data: Dataset, model: Any, encoder: TextEncoder, size: tuple[int, int]) -> None:
         self.data, self.model, self.encoder, self.size = data, model, encoder, size
         self.name, self.shape = data.name, data.shape
+        self.groups = getattr(data, "groups", None)
         self.learned = model.encoder is encoder
         self._cache = None if self.learned else TextCache(encoder.to(next(model.parameters()).device))
         if self._cache is not None:
@@ -54,13 +55,13 @@ class Captioned:
 
     def batch(self, indices: np.ndarray) -> dict[str, Tensor]:
         """Samples by their number."""
-        return {"x": self.data.batch(indices)["x"], **self.told(self.captions(indices))}
+        return self._with_words(indices, self.data.batch(indices)["x"])
 
     @property
     def augmented(self) -> Callable[..., dict[str, Tensor]] | None:
         """As the data set's own, where its samples change from step to step."""
         inner = getattr(self.data, "augmented", None)
-        return None if inner is None else lambda ids, **step: {"x": inner(ids, **step)["x"], **self.told(self.captions(ids))}
+        return None if inner is None else lambda ids, **step: self._with_words(ids, inner(ids, **step)["x"], **step)
 
     def captions(self, indices: np.ndarray) -> list[str]:
         """The caption of each sample."""
@@ -69,18 +70,28 @@ class Captioned:
 
     def told(self, captions: list[str]) -> dict[str, Tensor]:
         """What the model is called with for these captions, on the CPU."""
-        size = told_size(self.model, self.size, self.size, len(captions))
         if self._cache is None:
             tokens = self.encoder.tokenize(captions)
-            return {"tokens": tokens.tokens, "mask": tokens.mask, **size}
-        return {**network_inputs(self.model, self._cache.encode(captions), self.encoder.config.masked), **size}
+            return {"tokens": tokens.tokens, "mask": tokens.mask}
+        return network_inputs(self.model, self._cache.encode(captions), self.encoder.config.masked)
+
+    def sizes(self, indices: np.ndarray, shape: tuple[int, ...], **step: int) -> dict[str, Tensor]:
+        """What a network with micro-conditions is told of samples of ``shape``, in pixels: of originals where the data know them."""
+        factor = self.size[0] // self.shape[1]  # of a codec
+        framing = getattr(self.data, "framing", None)
+        if framing is None:
+            return told_size(self.model, self.size, self.size, len(indices))
+        return told_framing(self.model, framing(indices, **step), (shape[-2] * factor, shape[-1] * factor))
+
+    def _with_words(self, indices: np.ndarray, x: Tensor, **step: int) -> dict[str, Tensor]:
+        return {"x": x, **self.told(self.captions(indices)), **self.sizes(indices, x.shape, **step)}
 
     def none(self, model: Any, cond: dict[str, Tensor]) -> dict[str, Tensor]:
         """What stands for no caption, for a batch like this one: the empty caption, or what the network says."""
         if self.encoder.null_caption == "model":
             found: dict[str, Tensor] = model.null(**cond)
             return found
-        return {name: _like(value, cond[name]) for name, value in self.told([""]).items() if name != "size"} | _sizes(cond)
+        return {name: _like(value, cond[name]) for name, value in self.told([""]).items()} | _sizes(cond)
 
     def _scan(self, cache: TextCache) -> None:
         """Encode all captions."""
@@ -98,7 +109,7 @@ def _like(value: Tensor, other: Tensor) -> Tensor:
 
 
 def _sizes(cond: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {"size": cond["size"]} if "size" in cond else {}
+    return {name: cond[name] for name in ("size", "aspect") if name in cond}
 
 
 def check_told(model: Any, encoder: TextEncoder | None, data: Any) -> None:

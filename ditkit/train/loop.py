@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ditkit.bundle import Validity, write_bundle
-from ditkit.core.backbone import Backbone
+from ditkit.core.backbone import Backbone, count_graphs
 from ditkit.core.errors import ConfigError
 from ditkit.core.files import atomic_file
-from ditkit.core.view import compile_view
+from ditkit.core.view import allow_graphs, compile_view
 from ditkit.pipeline import Pipeline
 
 from .activations import checkpoint_activations
@@ -115,12 +115,11 @@ class Training:
         self.checkpoints = Checkpoints(folder / CHECKPOINTS, self.cfg.keep, world)
         self.step, self.validation = 0, {}  # type: int, dict[str, float]
         self._unread: list[tuple[int, Tensor, Tensor]] = []  # steps whose loss and norm are still on the device
-        draws = self.objective.draws(tuple(self.parts.train.shape))
         options: dict[str, Any] = {"seed": self.cfg.seed, "batch_size": self.cfg.batch_size, "rank": world.rank, "world": world.size}
         options["parts"] = self.cfg.accumulation
-        self.batches = Batches(self.parts.train, draws, **options)
+        self.batches = Batches(self.parts.train, self.objective.draws, **options)
         test = self.parts.test
-        self._held_out = None if test is None else Batches(test, draws, purpose="validation", **options)
+        self._held_out = None if test is None else Batches(test, self.objective.draws, purpose="validation", **options)
 
     # ---- the main line ----
 
@@ -233,11 +232,12 @@ class Training:
     def _validate(self) -> None:
         if self._held_out is None:
             return
-        batch = self._held_out.fixed(min(self.cfg.validation_samples, len(self._held_out.data))).to(self.world.device)
+        fixed = self._held_out.fixed(min(self.cfg.validation_samples, len(self._held_out.data)))
+        batches = [batch.to(self.world.device) for batch in fixed]
         size = max(1, self.cfg.batch_size // self.cfg.accumulation)
         with self.autocast():
             models = {"raw": self.model, "ema": self.ema.model}
-            self.validation = {name: validation_loss(m, self.objective, batch, size) for name, m in models.items()}
+            self.validation = {name: validation_loss(m, self.objective, batches, size) for name, m in models.items()}
         self.log.event("validation", self.step, **self.validation, ema_distance=self.ema.distance(self.world.total))
 
     def _sample(self) -> None:
@@ -329,7 +329,9 @@ class Training:
             return self.model
         if how != "off":
             return checkpoint_activations(self.model, how, compiled=True)
-        return compile_view(self.model, grain, num_steps=1)
+        view = compile_view(self.model, grain, num_steps=1)
+        allow_graphs(2 * count_graphs(view, 1) * len(getattr(self.parts.train, "groups", None) or [()]))  # graphs of each size
+        return view
 
     def _measure_machine(self) -> tuple[float, float]:
         """FLOPs of a sample, FLOP/s of the device; on the first process only."""

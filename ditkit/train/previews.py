@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,14 +34,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             model.reshard()  # type: ignore[operator]
 
 
-def validation_loss(model: nn.Module, objective: Objective, batch: Batch, size: int) -> float:
-    """Mean loss over a fixed batch, in parts of ``size``."""
+def validation_loss(model: nn.Module, objective: Objective, batches: Sequence[Batch], size: int) -> float:
+    """Mean loss over the samples of fixed batches, in parts of ``size``."""
     total = 0.0
     with evaluating(model):
-        for i in range(0, len(batch), size):
-            part = {k: v[i : i + size] for k, v in batch.tensors.items()}
-            total += float(objective.loss(model, part).loss.double().sum())
-    return total / len(batch)
+        for batch in batches:
+            for i in range(0, len(batch), size):
+                part = {k: v[i : i + size] for k, v in batch.tensors.items()}
+                total += float(objective.loss(model, part).loss.double().sum())
+    return total / sum(map(len, batches))
 
 
 def sample_grid(pipe: Pipeline) -> Output:

@@ -13,7 +13,7 @@ from PIL import Image
 from ditkit import data
 from ditkit.core.errors import ConfigError, DitkitError
 from ditkit.data.folder import ImageFolder
-from ditkit.data.transforms import Transform, apply, cover, mirrored, quiet, square
+from ditkit.data.transforms import Transform, apply, cover, cut, mirrored, quiet
 
 
 def save(path, pixels, **options):
@@ -208,7 +208,7 @@ def test_grey_and_colour(tmp_path):
 def test_cover_halves_by_boxes_then_resizes():
     """Four times the side is two halvings of rows and of columns: means of 4 x 4 blocks, to four roundings to whole numbers."""
     pixels = noise(32, 64)
-    image = cover(Image.fromarray(pixels), 8)
+    image = cover(Image.fromarray(pixels), (8, 8))
     assert image.size == (16, 8)
     blocks = pixels.reshape(8, 4, 16, 4, 3).mean((1, 3))
     assert np.abs(np.asarray(image, np.float64) - blocks).max() <= 4 * 0.5
@@ -217,8 +217,8 @@ def test_cover_halves_by_boxes_then_resizes():
 def test_cover_below_twice_the_side_is_bicubic():
     image = Image.fromarray(noise(15, 20))
     want = image.resize((round(20 * 8 / 15), 8), Image.Resampling.BICUBIC)
-    assert np.array_equal(np.asarray(cover(image, 8)), np.asarray(want))
-    assert min(cover(Image.fromarray(noise(3, 5)), 8).size) == 8
+    assert np.array_equal(np.asarray(cover(image, (8, 8))), np.asarray(want))
+    assert min(cover(Image.fromarray(noise(3, 5)), (8, 8)).size) == 8
 
 
 @pytest.mark.parametrize("size", [(31, 17), (16, 16), (200, 33), (33, 200), (5, 7), (64, 63)])
@@ -231,14 +231,14 @@ def test_every_size_becomes_the_square_that_was_asked(size):
 def test_the_crop_is_the_centre():
     pixels = np.zeros((8, 24, 3), np.uint8)
     pixels[:, 8:16] = 255
-    assert (np.asarray(square(Image.fromarray(pixels), 8)) == 255).all()
+    assert (np.asarray(cut(Image.fromarray(pixels), (8, 8))) == 255).all()
 
 
 def test_random_crops_reach_both_ends():
     wide = np.zeros((1, 10, 3), np.uint8)
     wide[0, :, 0] = np.arange(10)
     image = Image.fromarray(np.repeat(wide, 8, 0))
-    lefts = {int(np.asarray(square(image, 8, (x, 0.0)))[0, 0, 0]) for x in np.arange(0, 1, 0.01)}
+    lefts = {int(np.asarray(cut(image, (8, 8), (x, 0.0)))[0, 0, 0]) for x in np.arange(0, 1, 0.01)}
     assert lefts == {0, 1, 2}
 
 
@@ -278,11 +278,11 @@ def test_training_sees_both_ways_round_and_validation_one(tmp_path):
 
     save(tmp_path / "c" / "a.png", left_black_right_white())
     found = folder(tmp_path, flip=True)
-    batches = Batches(found, {}, seed=0, batch_size=1)
+    batches = Batches(found, lambda shape: {}, seed=0, batch_size=1)
     lefts = [batches(step).tensors["x"][0, 0, 0, 0].item() for step in range(200)]
     assert 80 <= lefts.count(1.0) <= 120
     assert set(lefts) == {-1.0, 1.0}
-    assert batches.fixed(1).tensors["x"][0, 0, 0, 0] == -1
+    assert batches.fixed(1)[0].tensors["x"][0, 0, 0, 0] == -1
 
 
 # --- after the scan ---

@@ -363,6 +363,6 @@ def test_a_model_trains_on_latents_and_its_samples_decode(tmp_path):
     torch.manual_seed(0)
     codec = KL(KLConfig(in_channels=1, channels=2, dim=4, dim_mult=(1, 2), num_groups=2))
     found = cache(digits, codec, tmp_path / "out")
-    batch = Batches(found, {}, seed=0, batch_size=8)(5)
+    batch = Batches(found, lambda shape: {}, seed=0, batch_size=8)(5)
     assert batch.tensors["x"].shape == (8, 2, 4, 4)
     assert codec.decode(batch.tensors["x"]).shape == (8, 1, 8, 8)

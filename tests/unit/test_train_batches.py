@@ -8,7 +8,13 @@ from ditkit import data
 from ditkit.core.errors import DitkitError
 from ditkit.train.batches import Batches, Draw, Prefetch, draw_rows
 
-DRAWS = {"noise": Draw("normal", (2, 3)), "time": Draw("uniform")}
+
+def draws(shape: tuple[int, ...]) -> dict[str, Draw]:
+    return {"noise": Draw("normal", shape), "time": Draw("uniform")}
+
+
+def no_draws(shape: tuple[int, ...]) -> dict[str, Draw]:
+    return {}
 
 
 @pytest.fixture(scope="module")
@@ -35,19 +41,19 @@ def test_unknown_data_are_refused() -> None:
 
 
 def test_every_epoch_is_a_permutation_and_epochs_follow_without_a_gap(digits: data.Dataset) -> None:
-    batches = Batches(digits, {}, seed=0, batch_size=100)
+    batches = Batches(digits, no_draws, seed=0, batch_size=100)
     ids = np.concatenate([batches.ids(step) for step in range(30)])
     first, second = ids[:1437], ids[1437:2874]
     assert sorted(first) == sorted(second) == list(range(1437))
     assert (first != second).any()
     assert (first != np.arange(1437)).any()
-    assert (Batches(digits, {}, seed=1, batch_size=100).ids(0) != batches.ids(0)).any()
-    assert (Batches(digits, {}, seed=0, batch_size=100).ids(17) == batches.ids(17)).all()
+    assert (Batches(digits, no_draws, seed=1, batch_size=100).ids(0) != batches.ids(0)).any()
+    assert (Batches(digits, no_draws, seed=0, batch_size=100).ids(17) == batches.ids(17)).all()
 
 
 def test_a25_two_processes_see_the_rows_of_one_and_share_none(digits: data.Dataset) -> None:
-    one = Batches(digits, DRAWS, seed=0, batch_size=8)
-    two = [Batches(digits, DRAWS, seed=0, batch_size=8, rank=rank, world=2) for rank in (0, 1)]
+    one = Batches(digits, draws, seed=0, batch_size=8)
+    two = [Batches(digits, draws, seed=0, batch_size=8, rank=rank, world=2) for rank in (0, 1)]
     for step in range(3):
         whole, parts = one(step), [b(step) for b in two]
         assert np.concatenate([p.ids for p in parts]).tolist() == whole.ids.tolist()
@@ -68,7 +74,7 @@ def test_rows_do_not_depend_on_the_batch_and_seeds_share_none() -> None:
 
 
 def test_prefetching_changes_nothing(digits: data.Dataset) -> None:
-    batches = Batches(digits, DRAWS, seed=0, batch_size=8)
+    batches = Batches(digits, draws, seed=0, batch_size=8)
     ahead = Prefetch(batches, last=4)
     try:
         for step in (0, 1, 2, 3, 1):  # a step back is computed afresh
@@ -91,11 +97,11 @@ def test_sets_that_change_from_step_to_step_are_told_the_step(digits: data.Datas
         def augmented(self, indices: np.ndarray, *, seed: int, step: int) -> dict[str, torch.Tensor]:
             return {"x": digits.batch(indices)["x"] + 100 * seed + step}
 
-    batches = Batches(Shifted(), {}, seed=2, batch_size=4)
+    batches = Batches(Shifted(), no_draws, seed=2, batch_size=4)
     assert torch.equal(batches(3).tensors["x"], digits.batch(batches.ids(3))["x"] + 203)
-    assert torch.equal(batches.fixed(4).tensors["x"], digits.batch(np.arange(4))["x"])
+    assert torch.equal(batches.fixed(4)[0].tensors["x"], digits.batch(np.arange(4))["x"])
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(digits: data.Dataset) -> None:
     with pytest.raises(DitkitError, match="multiples of 6"):
-        Batches(digits, {}, seed=0, batch_size=8, world=3, parts=2)
+        Batches(digits, no_draws, seed=0, batch_size=8, world=3, parts=2)

@@ -152,10 +152,10 @@ def test_pictures_while_training_are_the_bundle_s(tmp_path: Path) -> None:
 
 def test_validation_is_at_fixed_times_and_noise(tmp_path: Path) -> None:
     training = loop.Training(tiny_recipe(), tmp_path, loop.connect("cpu"))
-    first, second = training._held_out.fixed(16), training._held_out.fixed(16)
+    (first,), (second,) = training._held_out.fixed(16), training._held_out.fixed(16)
     assert all(torch.equal(first.tensors[k], second.tensors[k]) for k in first.tensors)
-    assert torch.equal(training._held_out.fixed(8).tensors["noise"], first.tensors["noise"][:8])
-    a, b = (loop.validation_loss(training.model, training.objective, first, size) for size in (16, 5))
+    assert torch.equal(training._held_out.fixed(8)[0].tensors["noise"], first.tensors["noise"][:8])
+    a, b = (loop.validation_loss(training.model, training.objective, [first], size) for size in (16, 5))
     assert a == pytest.approx(b, rel=1e-6)
     assert training.model.training
 
