@@ -74,9 +74,11 @@ def main(argv: Sequence[str]) -> int:
         spec = parse_spec(args.methods)
         pipe = pipe.with_methods(*spec.build())
         pipe = spec.compiled(pipe)
+    judge: Any
     judge, num = (_caption_judge if takes_text(pipe.model) else _judge)(pipe, args)
-    out = _sample(pipe, "prompt" if takes_text(pipe.model) else "class_labels", judge.told(num), args)
-    quality = judge(out.x, judge.told(num))
+    told = judge.told(num)
+    out = _sample(pipe, {"prompt" if takes_text(pipe.model) else "class_labels": told}, args)
+    quality = judge(out.x, told)
     sys.stdout.write(quality_table(quality, out.record))
     if args.out is not None:
         _write(args.out, quality, out, judge, args.seed)
@@ -103,9 +105,9 @@ def _caption_judge(pipe: Pipeline, args: Args) -> tuple[CaptionJudge, int]:
     return CaptionJudge(card, num, args.features or ("efficientnet-lite0",), data=args.data), num
 
 
-def _sample(pipe: Pipeline, what: str, told: list[Any], args: Args) -> Output:
+def _sample(pipe: Pipeline, told: dict[str, Any], args: Args) -> Output:
     return pipe(
-        **{what: told},
+        **told,
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
         solver=args.solver,

@@ -54,7 +54,7 @@ class Converted:
 class _Network:
     """The graph with these weights as constants."""
 
-    def __init__(self, graph: torch.fx.GraphModule, inputs: Sequence[Tensor], weights: list[Tensor]) -> None:
+    def __init__(self, graph: torch.fx.GraphModule, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
         self.weights, self.versions = weights, [u._version for u in weights]
         _check(inputs)
         constants = {i: u.detach() for i, u in enumerate(inputs) if isinstance(u, nn.Parameter)}

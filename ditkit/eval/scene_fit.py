@@ -98,7 +98,8 @@ def fitted(config: SceneConfig, size: int, num_pictures: int = FIT_PICTURES) -> 
 def _new(config: SceneConfig, size: int) -> Detector:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Detector([g.name for g in GLYPHS if g.group in config.groups], reading_side(size)).to(memory_format=torch.channels_last)
+        model = Detector([g.name for g in GLYPHS if g.group in config.groups], reading_side(size))
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _key(config: SceneConfig, size: int, num_pictures: int) -> str:
@@ -195,11 +196,12 @@ def _targets(scenes: list[Scene], model: Detector) -> _Targets:
         for i in reversed(scene.front_to_back):  # nearer objects overwrite farther ones
             it = scene.objects[i]
             dx, dy = (GRID * at - line for at in it.position)
-            where = (k, *np.ix_(abs(dy) <= REACH, abs(dx) <= REACH))
-            thing[where], glyph[where], color[where] = True, glyph_index[it.glyph], model.colors.index(it.color)
-            offset[where] = np.stack(np.broadcast_arrays(dx[None, :], dy[:, None]), -1)[where[1:]]
-    background = [model.backgrounds.index(scene.background.color) for scene in scenes]
-    return _Targets(*map(torch.from_numpy, (thing, offset, glyph, color)), torch.tensor(background))
+            near = np.ix_(abs(dy) <= REACH, abs(dx) <= REACH)
+            thing[k][near], glyph[k][near], color[k][near] = True, glyph_index[it.glyph], model.colors.index(it.color)
+            offset[k][near] = np.stack(np.broadcast_arrays(dx[None, :], dy[:, None]), -1)[near]
+    background = torch.tensor([model.backgrounds.index(scene.background.color) for scene in scenes])
+    at = torch.from_numpy
+    return _Targets(at(thing), at(offset), at(glyph), at(color), background)
 
 
 def _loss(seen: Seen, wanted: _Targets) -> Tensor:

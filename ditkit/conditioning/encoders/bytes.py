@@ -36,6 +36,7 @@ class ByteConfig(TextConfig):
     depth: int = Field(2, ge=0, le=100, description="layers of the transformer over words")
     num_heads: int = Field(4, ge=1)
     mlp_ratio: float = Field(4.0, gt=0)
+    twice: bool = Field(False, description="the states are given as a second text too, for a network that reads two (Hunyuan-DiT)")
 
     @model_validator(mode="after")
     def _fits(self) -> ByteConfig:
@@ -75,10 +76,9 @@ class ByteEncoder(TextEncoder):
         nn.init.normal_(self.position.weight, std=0.3)
         for linear in (self.word.fc1, self.word.fc2):
             nn.init.zeros_(linear.bias)
-        for layer in self.layers:
-            for last in (layer.proj, layer.mlp.fc2):  # type: ignore[union-attr]
-                nn.init.zeros_(last.weight)  # type: ignore[arg-type]
-                nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+        for name, p in self.layers.named_parameters():
+            if name.split(".", 1)[1].startswith(("proj", "mlp.fc2")):
+                nn.init.zeros_(p)
 
     @property
     def dim(self) -> int:
@@ -87,6 +87,10 @@ class ByteEncoder(TextEncoder):
     @property
     def pooled_dim(self) -> int:
         return self.config.dim
+
+    @property
+    def t5_shape(self) -> tuple[int, int] | None:
+        return (self.config.max_length, self.config.dim) if self.config.twice else None
 
     def words(self, prompt: str) -> list[bytes]:
         """The tokens of a prompt, its end mark left out."""
@@ -112,7 +116,8 @@ class ByteEncoder(TextEncoder):
         for layer in self.layers:
             x = layer(x, mask)
         states = self.norm(x) * mask[..., None]
-        return Text(states, mask, states.sum(1) / mask.sum(1, keepdim=True))
+        second = (states, mask) if self.config.twice else ()
+        return Text(states, mask, states.sum(1) / mask.sum(1, keepdim=True), *second)
 
 
 class _Layer(nn.Module):
