@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -172,8 +173,8 @@ class Gaussian(Process):
     def grid(self, num_steps: int, spacing: str) -> Tensor:
         """``spacing``: linspace (the official "K"), ddim (the official "ddimK"), leading, trailing and dpm (diffusers'), "leading+1"
         (all levels one up: diffusers' steps_offset), or the official sections ("10,15,20", whose sum must be num_steps). One step of
-        linspace starts at t = 1. uniform: equal steps from t = 1 to 1 / T, between levels too, as the released DPM-Solver has them
-        (PixArt): not to data."""
+        linspace starts at t = 1. uniform and logsnr: equal steps of t or of log(alpha / sigma) from t = 1 to 1 / T, between levels too, as
+        the released DPM-Solver has them (PixArt): not to data."""
         steps = self.config.num_train_steps
         if spacing == "linspace":
             index = respace(steps, str(num_steps)) if num_steps > 1 else [steps - 1]
@@ -181,6 +182,8 @@ class Gaussian(Process):
             index = respace(steps, f"ddim{num_steps}")
         elif spacing == "uniform":
             return torch.linspace(1, 1 / steps, num_steps + 1, dtype=torch.float64)
+        elif spacing == "logsnr":
+            return self._equal_log_ratios(num_steps)
         elif spacing in ("leading", "trailing", "dpm"):
             index = respace(steps, f"{spacing}{num_steps}")
         elif re.fullmatch(r"leading\+\d+", spacing):
@@ -194,6 +197,15 @@ class Gaussian(Process):
         if len(index) != num_steps:
             raise DitkitError(f"spacing {spacing!r} has {len(index)} steps, not {num_steps}", hint=f"num_inference_steps={len(index)}")
         return torch.tensor([*reversed([n + 1 for n in index]), 0], dtype=torch.float64) / steps
+
+    def _equal_log_ratios(self, num_steps: int) -> Tensor:
+        """From t = 1 to 1 / T such that log(alpha / sigma) = -log(1 / abar - 1) / 2 rises in equal steps."""
+        log_abar = self._log_abar[1:]  # falls with t
+        ratio = -torch.expm1(-log_abar).log() / 2
+        wanted = torch.linspace(float(ratio[-1]), float(ratio[0]), num_steps + 1, dtype=torch.float64)
+        known = -torch.nn.functional.softplus(-2 * wanted)
+        place = np.interp(-known.numpy(), -log_abar.numpy(), np.arange(1, len(log_abar) + 1))
+        return torch.from_numpy(place) / len(log_abar)
 
     def predict(self, output: Tensor, x_t: Tensor, t: Time) -> Prediction:
         raw, rest = self.split(output, x_t)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
-from pydantic import create_model
+from pydantic import Field, create_model
 from torch import Tensor
 
 from ditkit.core.config import Config
@@ -17,6 +17,8 @@ from ditkit.core.run import Run
 from .guidance import Denoise
 from .noise import Draw
 from .process import Process
+
+Clip = Annotated[bool, Field(description="clip predicted data to [-1, 1]; for pixels, not for latents")]
 
 
 class Update(Protocol):
@@ -102,3 +104,8 @@ def solver(name: str, **traits: Any) -> Callable[[Any], Any]:
         return function
 
     return add
+
+
+def clipped(x0: Tensor, clip: bool) -> Tensor:
+    """Predicted data, in [-1, 1] if ``clip``."""
+    return x0.clamp(-1, 1) if clip else x0

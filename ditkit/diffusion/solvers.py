@@ -8,7 +8,6 @@ steps. Every solver takes ``spacing`` (one of the process's) or ``times`` (used 
 
 from __future__ import annotations
 
-import math
 from typing import Annotated
 
 from pydantic import Field
@@ -19,11 +18,13 @@ from ditkit.core.run import Run
 
 from .adaptive import dopri5
 from .guidance import Denoise
+from .multistep import dpm_plus_plus_2m, dpm_plus_plus_3m
 from .noise import Draw
 from .process import Coefficients, Prediction, Process, like, posterior
 from .runge_kutta import midpoint, rk4
+from .sa import sa
 from .sde import euler_maruyama
-from .solver import SOLVERS, Solver, solver
+from .solver import SOLVERS, Clip, Solver, clipped, solver
 
 __all__ = [
     "SOLVERS",
@@ -34,17 +35,17 @@ __all__ = [
     "ddpm_step",
     "dopri5",
     "dpm_plus_plus_2m",
+    "dpm_plus_plus_3m",
     "euler",
     "euler_maruyama",
     "heun",
     "midpoint",
     "rk4",
+    "sa",
     "solver",
 ]
 
 Eta = Annotated[float, Field(ge=0, description="0: deterministic; 1: as much noise as DDPM's posterior")]
-Clip = Annotated[bool, Field(description="clip predicted data to [-1, 1]; for pixels, not for latents")]
-LowOrder = Annotated[int, Field(ge=0, description="with fewer steps than this the last one is of first order")]
 
 
 @solver("ddpm")
@@ -101,45 +102,6 @@ def ddim_step(
     return like(s.alpha, x) * x0 + like((s.sigma**2 - d**2).clamp(min=0).sqrt(), x) * eps + like(d, x) * noise
 
 
-@solver("dpm++2m")
-def dpm_plus_plus_2m(
-    denoise: Denoise,
-    x: Tensor,
-    process: Process,
-    run: Run,
-    draw: Draw,
-    times: Tensor,
-    *,
-    clip: Clip = False,
-    lower_order_below: LowOrder = 15,
-) -> Tensor:
-    """DPM-Solver++ 2M (2211.01095, algorithm 2): x_s = (sigma_s / sigma_t) x - alpha_s (e^-h - 1) D, h = lambda_s - lambda_t.
-
-    lambda = log(alpha / sigma); D = x0 + (x0 - x0 of the step before) h / (2 h before). A step to sigma = 0 gives x0.
-    """
-    levels = [(float(alpha), float(sigma)) for alpha, sigma in chain(process, times)]
-    before: tuple[Tensor, float] | None = None  # x0 and h of the last step
-    for i in run.steps():
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = levels[i], levels[i + 1]
-        x0 = clipped(process.predict(denoise(x, times[i]), x, times[i]).x0, clip)
-        h = _log_ratio(alpha_s, sigma_s) - _log_ratio(alpha_t, sigma_t)
-        last = i == run.num_steps - 1
-        if before is None or sigma_s == 0 or (last and run.num_steps < lower_order_below):
-            d = x0
-        else:
-            d = x0 + (h / (2 * before[1])) * (x0 - before[0])
-        x = (sigma_s / sigma_t) * x - alpha_s * math.expm1(-h) * d
-        before = x0, h
-    return x
-
-
-def _log_ratio(alpha: float, sigma: float) -> float:
-    """lambda = log(alpha / sigma)."""
-    if sigma == 0:
-        return math.inf
-    return math.log(alpha / sigma) if alpha else -math.inf
-
-
 @solver("euler", continuous=True, inverts=True)
 def euler(denoise: Denoise, x: Tensor, process: Process, run: Run, draw: Draw, times: Tensor) -> Tensor:
     """Euler's method on dx/dt = velocity; of a Gaussian process, that is ddim."""
@@ -168,8 +130,3 @@ def heun(denoise: Denoise, x: Tensor, process: Process, run: Run, draw: Draw, ti
 def chain(process: Process, times: Tensor) -> list[Coefficients]:
     """alpha and sigma at each of the times."""
     return [Coefficients(alpha, sigma) for alpha, sigma in zip(*process.coefficients(times))]
-
-
-def clipped(x0: Tensor, clip: bool) -> Tensor:
-    """Predicted data, in [-1, 1] if ``clip``."""
-    return x0.clamp(-1, 1) if clip else x0

@@ -48,7 +48,7 @@ class _DDPM(_Betas):
 class _DPM(_Betas):
     timestep_spacing: Literal["trailing", "linspace"] = "linspace"
     algorithm_type: Literal["dpmsolver++"] = "dpmsolver++"
-    solver_order: Literal[2] = 2
+    solver_order: Literal[2, 3] = 2
     solver_type: Literal["midpoint"] = "midpoint"
     lower_order_final: Literal[True] = True
     euler_at_final: Literal[False] = False
@@ -119,7 +119,8 @@ def read_scheduler(path: Path, learned: bool) -> tuple[Part, Sampling]:
         prediction=_PREDICTION[cfg.prediction_type],
         **({"variance": cfg.variance_type} if not learned and str(getattr(cfg, "variance_type", "")).startswith("fixed") else {}),
     )
-    if solver == "dpm++2m":
+    if name == "DPMSolverMultistepScheduler":
+        solver = f"dpm++{cfg.solver_order}m"
         spacing = "dpm" if cfg.timestep_spacing == "linspace" else cfg.timestep_spacing
         return process, Sampling(solver=solver, num_inference_steps=20, guidance={"scale": 4.5}, options={"spacing": spacing})
     offset = f"+{cfg.steps_offset}" if cfg.timestep_spacing == "leading" and cfg.steps_offset else ""
@@ -160,7 +161,8 @@ def write_scheduler(config: BundleConfig) -> dict[str, Any] | None:
     if config.process.name != "gaussian":
         return None
     cfg = GaussianConfig.parse(config.process.config, "process gaussian")
-    name = {"ddpm": "DDPMScheduler", "dpm++2m": "DPMSolverMultistepScheduler"}.get(config.sampling.solver, "DDIMScheduler")
+    names = {"ddpm": "DDPMScheduler"} | dict.fromkeys(("dpm++2m", "dpm++3m"), "DPMSolverMultistepScheduler")
+    name = names.get(config.sampling.solver, "DDIMScheduler")
     options = config.sampling.options
     spacing, _, offset = str(options.get("spacing", "linspace")).partition("+")
     scale = 1000 / cfg.num_train_steps
@@ -176,7 +178,8 @@ def write_scheduler(config: BundleConfig) -> dict[str, Any] | None:
         **({"steps_offset": int(offset)} if offset else {}),
     }
     if name == "DPMSolverMultistepScheduler":
-        return {**values, "timestep_spacing": "trailing" if spacing == "trailing" else "linspace"}
+        order = {"solver_order": 3} if config.sampling.solver == "dpm++3m" else {}
+        return {**values, "timestep_spacing": "trailing" if spacing == "trailing" else "linspace", **order}
     values["clip_sample"] = options.get("clip", False)
     if name == "DDPMScheduler":
         values["variance_type"] = "fixed_small" if cfg.variance == "fixed_small" else "fixed_large"

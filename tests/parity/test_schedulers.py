@@ -21,6 +21,7 @@ with quiet_imports():
         DPMSolverMultistepScheduler,
         EDMEulerScheduler,
         FlowMatchEulerDiscreteScheduler,
+        SASolverScheduler,
     )
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
@@ -52,16 +53,17 @@ def start():
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
 
 
-def ours(name, process, num_steps, learned=False, noise_seed=1, **options):
-    """The states after each step."""
+def ours(name, process, num_steps, learned=False, noise_seed=1, noise_at_each_step=False, **options):
+    """The states after each step. ``noise_at_each_step``: the other side draws where it needs none, too."""
     states, g = [], torch.Generator().manual_seed(noise_seed)
+    drawn = [torch.randn(SHAPE, generator=g) for _ in range(num_steps)] if noise_at_each_step else None
 
     def denoise(x, t):
         states.append(x)
         return network(process.network_input(x, t), process.network_time(t), learned)
 
     def draw(step, purpose):
-        return torch.randn(SHAPE, generator=g)
+        return torch.randn(SHAPE, generator=g) if drawn is None else drawn[step]
 
     final = SOLVERS[name](denoise, process.start(start()), process, Steps(num_steps), draw, **options)
     return torch.stack([*states[1:], final])
@@ -129,14 +131,39 @@ def test_steps_offset(cls, solver, tmp_path):
         made.times(1000, "leading+1")
 
 
+@pytest.mark.parametrize("order", [2, 3])
 @pytest.mark.parametrize("prediction", list(NAMES))
 @pytest.mark.parametrize("num_steps", [10, 20, 50])
-def test_dpm_plus_plus_2m(prediction, num_steps):
-    scheduler = DPMSolverMultistepScheduler(prediction_type=NAMES[prediction])
+def test_dpm_plus_plus(prediction, num_steps, order):
+    scheduler = DPMSolverMultistepScheduler(prediction_type=NAMES[prediction], solver_order=order)
     scheduler.set_timesteps(num_steps)
     times = torch.cat([(scheduler.timesteps + 1).double() / 1000, torch.zeros(1)])
     process = Gaussian(prediction=prediction, variance="fixed_small")
-    same(ours("dpm++2m", process, num_steps, times=times), theirs(scheduler, noisy=False))
+    same(ours(f"dpm++{order}m", process, num_steps, times=times), theirs(scheduler, noisy=False))
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize(("predictor", "corrector"), [(1, 1), (2, 2), (3, 3), (3, 2)])
+def test_sa(tau, predictor, corrector):
+    """diffusers ends at level 0 instead of at data, and asks where a step starts whether tau counts, we where it ends."""
+    scheduler = SASolverScheduler(
+        predictor_order=predictor, corrector_order=corrector, tau_func=lambda t: torch.tensor(tau if 200 <= t <= 800 else 0.0)
+    )
+    scheduler.set_timesteps(50)
+    times = (torch.cat([scheduler.timesteps, torch.zeros(1, dtype=torch.long)]) + 1).double() / 1000
+    inside = ((scheduler.timesteps >= 200) & (scheduler.timesteps <= 800)).nonzero().flatten()
+    interval = (float(times[inside[-1] + 1]), float(times[inside[0] + 1]))
+    process = Gaussian(variance="fixed_small")
+    options = dict(tau=tau, tau_interval=interval, predictor_order=predictor, corrector_order=corrector)
+    same(ours("sa", process, 50, times=times, noise_at_each_step=True, **options), theirs(scheduler))
+
+
+def test_solver_order_is_read_and_written(tmp_path):
+    DPMSolverMultistepScheduler(solver_order=3).save_config(tmp_path)
+    process, sampling = read_scheduler(tmp_path / "scheduler_config.json", learned=False)
+    assert (sampling.solver, sampling.options) == ("dpm++3m", {"spacing": "dpm"})
+    config = BundleConfig(backbone=Part(name="dit"), process=process, data=DataCard(name="x", shape=(4, 8, 8)), sampling=sampling)
+    assert DPMSolverMultistepScheduler.from_config(write_scheduler(config)).config.solver_order == 3
 
 
 def test_dpm_plus_plus_2m_on_a_flow():
