@@ -127,40 +127,91 @@ def _others(segments: dict[str, Tensor], segment: str) -> Tensor:
 
 
 class Blocks(NamedTuple):
-    """A BlockMask over all segments. ``dense``: the same as a tensor, on the CPU only: for gradients, and outside the compiler."""
+    """A BlockMask over all segments. ``dense``: the same as a tensor, on the CPU only: for gradients, and outside the compiler.
+
+    ``orders``: which query and which key stands at each place of the mask, and at which place each query; None: all stand in order.
+    """
 
     mask: Any
     dense: Tensor | None
+    orders: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 @lru_cache(maxsize=64)
 def blocks(window: Window, grid: Grid, q_start: int, queries: int, k_start: int, keys: int, device: torch.device) -> Blocks:
     """The mask in blocks of 128 x 128; the grid's tokens stand at ``q_start`` among the queries and ``k_start`` among the keys.
 
-    Made row of blocks by row of blocks, so that memory is linear; cached, as graphs are guarded on its function.
+    A block is 128 tokens in a row, or a compact tile of them, whichever leaves fewer blocks to compute: a ball of radius 8 on
+    128 x 128 tokens reaches 15 rows, but 9 tiles of 8 x 16. Made row of blocks by row of blocks, so that memory is linear; cached, as
+    graphs are guarded on its function.
     """
+    with torch.inference_mode(False):
+        rows = torch.arange(math.prod(grid), device=device)
+        in_rows = _block_mask(window, grid, rows, q_start, queries, k_start, keys)
+        tiled = tile_order(grid, device)
+        in_tiles = _block_mask(window, grid, tiled, q_start, queries, k_start, keys)
+        dense = None
+        if device.type == "cpu":
+            i, j = torch.arange(queries)[:, None], torch.arange(keys)[None]
+            dense = in_rows.mask_mod(None, None, i, j)
+        if _count(in_rows) <= _count(in_tiles):
+            return Blocks(in_rows, dense)
+        q, k = (_moved(tiled, start, count) for start, count in ((q_start, queries), (k_start, keys)))
+        return Blocks(in_tiles, dense, (q, k, q.argsort()))
+
+
+def tile_order(grid: Grid, device: torch.device) -> Tensor:
+    """(N,) the rows of a grid, tile by tile; a tile is of 128 tokens, about equally long on all axes. At the border tiles are cut."""
+    sides = [1] * len(grid)
+    while math.prod(sides) < BLOCK:
+        axis = min(reversed(range(len(grid))), key=lambda a: (sides[a] >= grid[a], sides[a]))
+        sides[axis] *= 2
+    rows = torch.arange(math.prod(grid), device=device)
+    key: Any = 0
+    for coordinate, n, side in zip(_coordinates(rows, grid), grid, sides):
+        key = key * -(-n // side) + coordinate // side
+    return key.argsort(stable=True)
+
+
+def _coordinates(rows: Tensor, grid: Grid) -> list[Tensor]:
+    return [rows // math.prod(grid[a + 1 :]) % n for a, n in enumerate(grid)]
+
+
+def _moved(order: Tensor, start: int, count: int) -> Tensor:
+    """(count,) all tokens in order, but for those of the grid from ``start`` on."""
+    moved = torch.arange(count, device=order.device)
+    moved[start : start + len(order)] = order + start
+    return moved
+
+
+def _block_mask(window: Window, grid: Grid, order: Tensor, q_start: int, queries: int, k_start: int, keys: int) -> Any:
+    """The BlockMask where the grid's tokens stand in this order."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    total, strides = math.prod(grid), [math.prod(grid[a + 1 :]) for a in range(len(grid))]
+    total, device = len(order), order.device
+    places = _coordinates(order, grid)
 
     def visible(b: Any, h: Any, i: Tensor, j: Tensor) -> Tensor:
         i, j = i - q_start, j - k_start
         free = (i < 0) | (i >= total) | (j < 0) | (j >= total)
-        return free | window.near(*([p // s % n for s, n in zip(strides, grid)] for p in (i, j)))
+        at, to = i.clamp(0, total - 1), j.clamp(0, total - 1)
+        return free | window.near([c[at] for c in places], [c[to] for c in places])
 
-    with torch.inference_mode(False):
-        j = torch.arange(keys, device=device)[None]
-        lines = []
-        for first in range(0, queries, BLOCK):
-            i = torch.arange(first, min(first + BLOCK, queries), device=device)[:, None]
-            line = visible(None, None, i, j)
-            cut = F.pad(line, (0, -keys % BLOCK, 0, BLOCK - len(line))).view(BLOCK, -1, BLOCK)
-            lines.append(torch.stack([cut.any(2).any(0), cut.all(2).all(0)]))
-        some, full = torch.stack(lines, 1)
-        (n, which), (n_full, which_full) = _ordered(some & ~full), _ordered(full)
-        mask = BlockMask.from_kv_blocks(n, which, n_full, which_full, BLOCK, mask_mod=visible, seq_lengths=(queries, keys))
-        dense = visible(None, None, torch.arange(queries)[:, None], j) if device.type == "cpu" else None
-        return Blocks(mask, dense)
+    j = torch.arange(keys, device=device)[None]
+    lines = []
+    for first in range(0, queries, BLOCK):
+        i = torch.arange(first, min(first + BLOCK, queries), device=device)[:, None]
+        line = visible(None, None, i, j)
+        cut = F.pad(line, (0, -keys % BLOCK, 0, BLOCK - len(line))).view(BLOCK, -1, BLOCK)
+        lines.append(torch.stack([cut.any(2).any(0), cut.all(2).all(0)]))
+    some, full = torch.stack(lines, 1)
+    (n, which), (n_full, which_full) = _ordered(some & ~full), _ordered(full)
+    return BlockMask.from_kv_blocks(n, which, n_full, which_full, BLOCK, mask_mod=visible, seq_lengths=(queries, keys))
+
+
+def _count(mask: Any) -> int:
+    """Blocks that are computed."""
+    return int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum())
 
 
 def _ordered(part: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,7 +230,11 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask: Blocks) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
     call: Any = flex_attention if compiling else _compiled()
-    return call(q, k, v, block_mask=mask.mask, scale=scale)[..., :width]
+    if mask.orders is None:
+        return call(q, k, v, block_mask=mask.mask, scale=scale)[..., :width]
+    queries, keys, back = mask.orders
+    q, k, v = q.index_select(2, queries), k.index_select(2, keys), v.index_select(2, keys)
+    return call(q, k, v, block_mask=mask.mask, scale=scale)[..., :width].index_select(2, back)
 
 
 @lru_cache(maxsize=1)

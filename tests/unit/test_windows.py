@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +17,7 @@ from ditkit.core.errors import DitkitError
 from ditkit.core.masks import Within, render
 from ditkit.core.method import Method
 from ditkit.core.seams import Attn, sdpa
-from ditkit.core.sparse import Blocks, Gathered
+from ditkit.core.sparse import Blocks, Gathered, blocks, tile_order
 from ditkit.core.streams import Layout, grid_layout
 from ditkit.core.view import with_methods
 from ditkit.core.windows import Ball, Box, Cells, Window
@@ -93,6 +94,7 @@ def test_gathered_is_dense_is_brute_force(grid, make, first) -> None:
 
 
 BLOCKED: list[tuple[tuple[int, ...], Any]] = [
+    ((8, 64), lambda how: Ball(radius=2, how=how)),  # in tiles
     ((12, 10), lambda how: Ball(radius=3, how=how)),
     ((12, 10), lambda how: Cells(sides=(4, 5), shift=(2, 1), how=how)),
     ((5, 4, 6), lambda how: Box(reach=(None, 2, 1), how=how)),
@@ -101,8 +103,9 @@ BLOCKED: list[tuple[tuple[int, ...], Any]] = [
 
 @pytest.mark.parametrize(("grid", "make"), BLOCKED)
 def test_blocks_are_dense(grid, make) -> None:
-    """FlexAttention as dynamo captures it, over 120 tokens of a grid and 8 of text before them."""
-    a = attn(120, (8,), first=True)
+    """FlexAttention as dynamo captures it, over the tokens of a grid and text before them, in whole blocks."""
+    total = math.prod(grid)
+    a = attn(total, (-total % 128 or 128,), first=True)
     mask = rendered(make, "blocks", grid, a)
     assert isinstance(mask, Blocks)
     assert torch.equal(mask.dense, rendered(make, "dense", grid, a)[0, 0])
@@ -130,6 +133,25 @@ def test_blocks_skip_what_is_hidden() -> None:
     whole = render([Within(Box(reach=(15, 0), how="blocks"))], {"img": grid_layout((16, 64))}, {"img": grid_layout((16, 64))})
     assert isinstance(whole, Blocks)
     assert whole.mask.full_kv_num_blocks.sum() == 0
+
+
+def test_blocks_are_tiles_where_these_are_fewer() -> None:
+    """On rows of 128 tokens a ball of radius 8 reaches 15 rows of one block each, and at most 3 x 3 tiles of 8 x 16."""
+    mask = blocks(Ball(radius=8, how="blocks"), (24, 128), 0, 24 * 128, 0, 24 * 128, torch.device("cpu"))
+    per_block = (mask.mask.kv_num_blocks + mask.mask.full_kv_num_blocks)[0, 0]
+    assert mask.orders is not None
+    assert per_block.max() == 9
+    assert per_block.float().mean() == (3 + 2 * 2) / 3 * (6 * 3 + 2 * 2) / 8
+
+
+def test_tiles_are_whole_and_each_token_is_in_one() -> None:
+    order = tile_order((16, 32), torch.device("cpu"))
+    assert order.sort().values.tolist() == list(range(512))
+    first = order[:128]
+    assert (first // 32).max() == 7
+    assert (first % 32).max() == 15
+    for grid in ((5, 7), (300,), (6, 10, 9)):
+        assert tile_order(grid, torch.device("cpu")).sort().values.tolist() == list(range(math.prod(grid)))
 
 
 @pytest.mark.parametrize("how", ["dense", "gathered"])
