@@ -1,4 +1,6 @@
-"""Codecs between data and latents: ``identity``, ``vae`` (a diffusers AutoencoderKL folder), ``kl`` (small and trainable)."""
+"""Codecs between data and latents: ``identity``, ``vae`` (a diffusers AutoencoderKL folder), ``kl`` (small and trainable), and
+``orthogonal`` (a rotation of pixels, without training).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from ..core.errors import DitkitError, nearest
 if TYPE_CHECKING:
     from .base import Codec
 
-CODECS = {"identity": "Identity", "kl": "KL", "vae": "VAE"}  # file -> class
+CODECS = {"identity": "Identity", "kl": "KL", "orthogonal": "Orthogonal", "vae": "VAE"}  # file -> class
 
 
 def codec_from(name: str, config: dict[str, Any] | None = None) -> Codec:

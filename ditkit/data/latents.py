@@ -107,7 +107,7 @@ class _Work:
         for numbers in [np.arange(len(self.dataset))] if groups is None else groups:
             shape = self.shape
             if groups is not None:
-                shape = self.codec.latent_shape((self.picture_shape[0], *self.dataset.sizes[numbers[0]]))  # type: ignore[attr-defined]
+                shape = self.codec.latent_shape(tuple(self.dataset.batch(numbers[:1])["x"].shape[1:]))
             row_bytes = len(self.names) * int(np.prod(shape)) * getattr(torch, self.dtype).itemsize
             rows = max(1, shard_bytes // row_bytes)
             yield from ((numbers[i : i + rows], shape) for i in range(0, len(numbers), rows))

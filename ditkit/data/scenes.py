@@ -15,6 +15,7 @@ Written for this project; glyph names are Unicode character names, the typefaces
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,13 +42,17 @@ LENGTHS = {"train": 50_000, "test": 2_000, "heldout": 2_000}
 
 
 class Scenes:
-    """One split. x (B, 3, size, size) in [-1, 1]; y (B,) the glyph of the object that the caption names first."""
+    """One split. x (B, 3, size, size) in [-1, 1]; y (B,) the glyph of the object that the caption names first.
+
+    Of several sizes sample i has the (i modulo their number)-th; a batch is of one size, ``groups`` says which samples have one.
+    """
 
     name = "scenes"
 
-    def __init__(self, split: str, size: int, length: int, seed: int, config: SceneConfig) -> None:
-        self.split, self.seed, self.config = split, seed, config
-        self.shape = (3, size, size)
+    def __init__(self, split: str, sides: tuple[int, ...], length: int, seed: int, config: SceneConfig) -> None:
+        self.split, self.sides, self.seed, self.config = split, sides, seed, config
+        self.shape = (3, sides[-1], sides[-1])
+        self.groups = None if len(sides) == 1 else [np.arange(k, length, len(sides)) for k in range(len(sides))]
         self.labels = [glyph.name for glyph in GLYPHS if glyph.group in config.groups]
         self.num_classes = len(self.labels)
         self._length = length
@@ -67,7 +72,7 @@ class Scenes:
         import torch
 
         scenes = [self.scene(i) for i in indices]
-        images = np.stack([render(scene, self.shape[1]).image for scene in scenes])
+        images = np.stack([render(scene, self._size(indices)).image for scene in scenes])
         x = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
         return {"x": x, "y": torch.tensor([self._label_index[scene.objects[0].glyph] for scene in scenes])}
 
@@ -77,17 +82,30 @@ class Scenes:
 
     def rendered(self, indices: np.ndarray) -> list[RenderedScene]:
         """Each sample with its masks, boxes, depth order and attributes."""
-        return [render(self.scene(i), self.shape[1]) for i in indices]
+        return [render(self.scene(i), self._size(indices)) for i in indices]
+
+    def _size(self, indices: np.ndarray) -> int:
+        """The one size of these samples."""
+        found = sorted({self.sides[i % len(self.sides)] for i in np.asarray(indices).tolist()})
+        if len(found) > 1:
+            raise DitkitError(f"samples of sizes {found[0]} and {found[1]} are asked for together", allowed="samples of one of groups")
+        return found[0]
 
 
 def load(
-    split: str = "train", *, size: int = 64, length: int | None = None, seed: int = 0, held_out_only: bool = False, **config: object
+    split: str = "train",
+    *,
+    size: int | Sequence[int] = 64,
+    length: int | None = None,
+    seed: int = 0,
+    held_out_only: bool = False,
+    **config: object,
 ) -> Scenes:
     """The scenes of a split.
 
     Args:
         split: "train" (held-out pairs never appear) or "test" (all pairs).
-        size: side of the pictures in pixels.
+        size: side of the pictures in pixels; or several sides, rising, of which each sample has one.
         length: number of samples; 50,000 for train and 2,000 for test by default.
         seed: another seed is another set.
         held_out_only: with "test", held-out pairs alone.
@@ -104,6 +122,10 @@ def load(
     if length < 1:
         raise DitkitError(f"length is {length}", allowed="1 or more")
     font_path("sans")
-    data = Scenes(split, size, length, seed, SceneConfig.parse(config, "scenes"))
-    render(data.scene(0), size)  # a wrong size, seed or config is named here, not at the first step
+    sides = (size,) if isinstance(size, int) else tuple(size)
+    if not sides or list(sides) != sorted(set(sides)):
+        raise DitkitError(f"size is {size}", allowed="a number of pixels, or several that rise")
+    data = Scenes(split, sides, length, seed, SceneConfig.parse(config, "scenes"))
+    for side in sides:
+        render(data.scene(0), side)  # a wrong size, seed or config is named here, not at the first step
     return data

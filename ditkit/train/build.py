@@ -10,20 +10,24 @@ from typing import Any
 import torch
 
 from ditkit import data
-from ditkit.bundle import BundleConfig, DataCard, EncoderPart, MethodPart, Part, find_bundle, open_bundle
+from ditkit.bundle import BundleConfig, DataCard, EncoderPart, MethodPart, Part
+from ditkit.codecs import codec_from
 from ditkit.codecs.base import Codec
 from ditkit.conditioning import TextEncoder, encoder_from
 from ditkit.core.backbone import Backbone
 from ditkit.core.errors import ConfigError, nearest
 from ditkit.core.view import with_methods
 from ditkit.data import Dataset
+from ditkit.data.encoded import Encoded
 from ditkit.diffusion.process import Process, process_from
 from ditkit.loading import backbone_config, load_model, make_method
+from ditkit.pipeline import open_model
 from ditkit.told import find_encoder
 
 from .captioned import Captioned, check_told, examples
 from .objectives import Objective, objective_from
 from .recipe import Recipe
+from .starts import started
 
 log = logging.getLogger("ditkit")
 EXAMPLES = 16  # captions that a bundle holds, to sample with
@@ -57,9 +61,9 @@ def build(recipe: Recipe, device: torch.device) -> Parts:
     Raises:
         DitkitError: a name, a key or a value does not exist or does not fit, or nothing is trainable.
     """
-    train, test = data.load(recipe.data.name, "train", **recipe.data.config), _test(recipe)
+    train, test = _data(recipe, device)
     codec: Codec | None = train.codec() if hasattr(train, "codec") else None
-    origin = _base(recipe.base, device) if recipe.base is not None else _new(recipe, train, device)
+    origin = _base(recipe, train, device) if recipe.base is not None else _new(recipe, train, device)
     model, process, encoder, base_hash = origin.model, origin.process, origin.encoder, origin.hash
     check_told(model, encoder, train)
     if recipe.methods:
@@ -99,6 +103,17 @@ def caption_card(card: DataCard, data: Dataset) -> DataCard:
     return card.model_copy(update={"labels": (), "captions": examples(data, EXAMPLES)})
 
 
+def _data(recipe: Recipe, device: torch.device) -> tuple[Dataset, Dataset | None]:
+    """Samples to train on, and held-out ones; encoded where the recipe names a codec."""
+    train, test = data.load(recipe.data.name, "train", **recipe.data.config), _test(recipe)
+    if recipe.data.codec is None:
+        return train, test
+    if hasattr(train, "codec"):
+        raise ConfigError(f"{recipe.data.name} holds latents, and data.codec is given", allowed="pictures", hint="leave data.codec out")
+    codec = codec_from(recipe.data.codec.name, recipe.data.codec.config).to(device)
+    return Encoded(train, codec), None if test is None else Encoded(test, codec)  # type: ignore[return-value]
+
+
 def _test(recipe: Recipe) -> Dataset | None:
     try:
         return data.load(recipe.data.name, "test", **recipe.data.config)
@@ -121,11 +136,24 @@ def _new(recipe: Recipe, train: Dataset, device: torch.device) -> _Origin:
     return _Origin(model.to(device), process, encoder)
 
 
-def _base(folder: str, device: torch.device) -> _Origin:
-    opened = open_bundle(find_bundle(folder))
+def _base(recipe: Recipe, train: Dataset, device: torch.device) -> _Origin:
+    """The base, or what the recipe makes of it. What is new in that is a function of the seed."""
+    opened = open_model(recipe.base or "")
     model, _ = load_model(opened, torch.float32, device)
     process = process_from(opened.config.process.name, opened.config.process.config)
-    return _Origin(model, process, find_encoder(model, opened.config), opened.hash)
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.trainer.seed)
+        encoder = find_encoder(model, opened.config) if recipe.start is None else None
+        if recipe.encoder is not None:
+            if encoder is not None:
+                raise ConfigError("the encoder comes with the base bundle", hint="leave encoder out")
+            encoder = encoder_from(recipe.encoder.name, recipe.encoder.config)
+        name = recipe.backbone.name if recipe.backbone is not None else model.name if recipe.start is None else "pixart"
+        cls, _ = backbone_config(Part(name=name))
+        model = started(model, recipe.start, recipe.backbone, fitted(cls, train, process, encoder))
+    if encoder is not None and encoder.learned:
+        model.encoder = encoder.to(device)
+    return _Origin(model, process, encoder, opened.hash)
 
 
 def fitted(cls: type[Backbone], train: Dataset, process: Process, encoder: TextEncoder | None = None) -> dict[str, Any]:

@@ -37,6 +37,7 @@ class DataRecipe(Config):
 
     name: str = Field("digits", description="embedded data set, or the path of your own")
     config: dict[str, Any] = Field({}, description="options of that loader")
+    codec: Part | None = Field(None, description="encodes the pictures as they are drawn, where no latents were cached; absent: none")
 
 
 class TrainerRecipe(Config):
@@ -92,8 +93,9 @@ class Recipe(Config):
     """Base or backbone, methods, what is trainable, objective, data, trainer, and the claim it must show."""
 
     claim: str = Field("", description="what a run of this recipe must show")
-    base: str | None = Field(None, description="bundle to start from; absent: a new model")
-    backbone: Part | None = Field(None, description="the network; absent: the base's")
+    base: str | None = Field(None, description="bundle or diffusers folder to start from; absent: a new model")
+    start: Part | None = Field(None, description="from_dit: what the base becomes; absent: itself, with what ``backbone`` sets anew")
+    backbone: Part | None = Field(None, description="the network; with a base, settings of it that are new; absent: the base's")
     encoder: Part | None = Field(None, description="of captions, for a backbone that is told them; absent: the base's, or class labels")
     process: Part | None = Field(None, description="gaussian or flow; absent: the base's, or flow")
     objective: Part = Field(Part(name="diffusion"), description="the loss")
@@ -105,12 +107,14 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _one_origin(self) -> Recipe:
-        if (self.base is None) == (self.backbone is None):
-            raise ValueError("give a base bundle or a backbone, one of them")
+        if self.base is None and self.backbone is None:
+            raise ValueError("give a base bundle or a backbone")
+        if self.base is None and self.start is not None:
+            raise ValueError(f"start {self.start.name} is from a base bundle: give base")
+        if self.base is not None and self.backbone is not None and self.start is None and not self.backbone.config:
+            raise ValueError("base and backbone are both given, and backbone has no config: it says which settings of the base's are new")
         if self.base is not None and self.process is not None:
             raise ValueError("the process comes with the base bundle: leave it out")
-        if self.base is not None and self.encoder is not None:
-            raise ValueError("the encoder comes with the base bundle: leave it out")
         return self
 
     @classmethod
