@@ -27,10 +27,15 @@ class NoSplit(DitkitError):
 class Dataset(Protocol):
     """Samples that can be had in any order, without state: the order is the trainer's.
 
-    A set whose samples change from step to step (mirrored pictures, draws of a posterior) also has
-    ``augmented(indices, *, seed, step)``, which training then calls in place of ``batch``; one that has captions,
-    ``captions(indices) -> list[str]``; one whose licence what is made from it must name, ``licence`` and ``credit``, which land in the
-    bundle of a model that is trained on it and in the pictures that the model makes.
+    A set may also have
+
+    - ``augmented(indices, *, seed, step)``, where samples change from step to step (mirrored pictures, draws of a posterior): training
+      then calls it in place of ``batch``;
+    - ``captions(indices) -> list[str]``;
+    - ``groups``, where samples differ in size: the numbers of the samples of each size, of which a batch holds one;
+    - ``framing(indices, ...) -> (B, 4)``, where it knows what its pictures were cut from (``Pictures.framing``);
+    - ``licence`` and ``credit``, where what is made from it must name them: they land in the bundle of a model that is trained on it and
+      in the pictures that the model makes.
     """
 
     @property

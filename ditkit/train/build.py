@@ -111,7 +111,7 @@ def _data(recipe: Recipe, device: torch.device) -> tuple[Dataset, Dataset | None
     if hasattr(train, "codec"):
         raise ConfigError(f"{recipe.data.name} holds latents, and data.codec is given", allowed="pictures", hint="leave data.codec out")
     codec = codec_from(recipe.data.codec.name, recipe.data.codec.config).to(device)
-    return Encoded(train, codec), None if test is None else Encoded(test, codec)  # type: ignore[return-value]
+    return Encoded(train, codec), None if test is None else Encoded(test, codec)
 
 
 def _test(recipe: Recipe) -> Dataset | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import ditkit
 from ditkit.core.files import read_tensors
@@ -153,4 +154,18 @@ def test_came_in_two_processes(tmp_path: Path) -> None:
     assert same(tmp_path / "one", tmp_path / "two")
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-4")
     train(Recipe.parse(recipe(**values, accumulation=2)), tmp_path / "two", progress=False)
+    assert same(tmp_path / "one", tmp_path / "two")
+
+
+def test_two_processes_in_buckets_are_one_bit_for_bit(tmp_path: Path) -> None:
+    """Both take their halves of a batch of one size, which differs from step to step."""
+    for k, (height, width) in enumerate(((16, 16), (8, 32), (32, 8), (20, 20), (8, 30), (40, 10))):
+        for i in range(4):
+            path = tmp_path / "data" / f"class{i % 2}" / f"{k}{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.random.default_rng(10 * k + i).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+    own = {"data": {"name": str(tmp_path / "data"), "config": {"buckets": {"resolutions": [16], "multiple": 8}, "crop": "random"}}}
+    values = tiny_recipe(own, steps=4, batch_size=4, learning_rate=1e-3)
+    train(values.model_copy(update={"trainer": values.trainer.model_copy(update={"accumulation": 2})}), tmp_path / "one", progress=False)
+    assert finish(processes.world(2, run_in_child, values.to_dict(), str(tmp_path / "two"))) == [0, 0]
     assert same(tmp_path / "one", tmp_path / "two")
