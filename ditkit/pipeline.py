@@ -35,6 +35,7 @@ from ditkit.diffusion.guidance import Guidance, guided
 from ditkit.diffusion.process import Process, process_from
 from ditkit.diffusion.solvers import SOLVERS
 from ditkit.finite import NotFinite, Watch, find_module, finite
+from ditkit.inputs import check_remade, read_inputs
 from ditkit.loading import attach, bundle_tensors, choose, load_model, read_method
 from ditkit.output import Output, read_record, to_images
 from ditkit.request import MAX_SEED, Request, check_channels, check_sampling, choose_guidance, find_solver, warn_unheard, whole
@@ -176,6 +177,7 @@ class Pipeline:
         guidance: Guidance | str | None = None,
         height: int | None = None,
         width: int | None = None,
+        inputs: Mapping[str, Any] | None = None,
         batch_size: int | None = None,
         progress: bool = True,
         callback_on_step_end: StepCallback | None = None,
@@ -198,6 +200,7 @@ class Pipeline:
             solver_options: its own (eta, clip, ...), ``spacing`` or ``times``; the bundle's are for the bundle's solver.
             guidance: settings, or a preset: "none" (conditional), "all" channels, "first-three" (released DiT and SiT).
             height, width: of the pictures; by default those of the training data.
+            inputs: pictures that attached methods take, by name ({"control": "edges.png"}): one, or one for each that is made.
             batch_size: pictures at a time; by default at most 64.
             callback_on_step_end: called with a ``StepEnd`` (step, t, x, predicted x0) after each solver step of each batch. It
                 changes nothing; what it raises ends the call and reaches the caller. Its time counts in ``report["seconds"]``.
@@ -225,6 +228,7 @@ class Pipeline:
             size=pixels,
             latent=latent,
             batch_size=whole("batch_size", min(len(told), 64) if batch_size is None else batch_size, 1, 1 << 20),
+            inputs=read_inputs(inputs, self.eager, self.codec, pixels, len(told)),
         )
         for label, valid in self.valid_for.items():
             valid.check_run(label, request.solver, request.num_inference_steps)
@@ -244,12 +248,13 @@ class Pipeline:
         seconds = time.perf_counter() - start
         return Output(x, to_images(x), request.seeds, self._record(request), {"seconds": seconds, "batches": count, "methods": report})
 
-    def remake(self, picture: str | Path | Mapping[str, Any]) -> Output:
-        """Make one picture again from its record, or from the PNG that carries it."""
+    def remake(self, picture: str | Path | Mapping[str, Any], inputs: Mapping[str, Any] | None = None) -> Output:
+        """Make one picture again from its record, or from the PNG that carries it; ``inputs`` of methods are not in there."""
         record = read_record(picture) if isinstance(picture, str | Path) else dict(picture)
         if missing := {*REMAKE, "seed"} - set(record):
             raise DitkitError(f"the record lacks {', '.join(sorted(missing))}", allowed="the record of one picture")
         words = words_of(record)
+        check_remade(record, inputs)
         for key, mine in (("bundle", self.source), ("methods", self._methods())):
             if record[key] != mine:
                 raise DitkitError(f"the picture was made with {key} {record[key]!r}", allowed=f"{mine!r}, which this pipeline has")
@@ -265,9 +270,8 @@ class Pipeline:
             guidance=Guidance.parse(record["guidance"], "guidance"),
             height=height,
             width=width,
+            inputs=inputs,
         )
-
-    # the call, step by step
 
     def _max_steps(self) -> int:
         return int(getattr(self.process.config, "num_train_steps", 1000)) if self.process.name == "gaussian" else 10_000
@@ -308,7 +312,7 @@ class Pipeline:
         watch, before = Watch(), 0 if bar is None else bar.n
         seeds = request.seeds[batch]
         cond, null = request.told.batch(batch)
-        run = Run(model, request.num_inference_steps)
+        run = Run(model, request.num_inference_steps, inputs=request.inputs.rows(batch))
         inner = guided(model, self.process, request.guidance, run, cond, null)
 
         def denoise(x: Tensor, t: Any) -> Tensor:
@@ -347,6 +351,7 @@ class Pipeline:
             "guidance": request.guidance.to_dict(),
             "size": list(request.size),
             "methods": self._methods(),
+            **request.inputs.record,
             "process": self.config.process.to_dict(),
             "dtype": self._dtype(),
             "device": self.device.type,

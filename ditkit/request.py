@@ -22,6 +22,7 @@ from ditkit.diffusion.process import Process
 from ditkit.diffusion.solvers import SOLVERS
 
 if TYPE_CHECKING:
+    from ditkit.inputs import Inputs
     from ditkit.told import Told
 
 log = logging.getLogger("ditkit")
@@ -46,6 +47,7 @@ class Request:
     size: tuple[int, int]  # of the pictures
     latent: tuple[int, int, int]  # (c, h, w) that the network sees
     batch_size: int
+    inputs: Inputs  # of methods
 
     def batches(self) -> Iterator[slice]:
         """The pictures, batch by batch."""

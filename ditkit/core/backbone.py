@@ -100,6 +100,11 @@ class Backbone(nn.Module):
         """The methods, outermost first."""
         return order(list(self.methods.values()))  # type: ignore[arg-type]
 
+    @property
+    def inputs(self) -> frozenset[str]:
+        """Names of what the attached methods take from a run, besides the backbone's conditioning."""
+        return frozenset(name for m in self.methods.values() for name in m.inputs)  # type: ignore[union-attr]
+
     @classmethod
     def tiny(cls) -> Backbone:
         """A small instance for the contract tests, with every parameter drawn (no zero-initialised branch is silent)."""
@@ -163,10 +168,12 @@ class Backbone(nn.Module):
             x: (B, C, ...) noised data.
             t: (B,) or (B, N) network time, as the process gives it.
             prepared: from ``prepare``; without it ``cond`` is prepared here.
-            run: the trajectory this belongs to; without it the call is the only step of a run of its own.
+            run: the trajectory this belongs to; without it the call is the only step of a run of its own, and ``cond`` may hold the
+                inputs of methods too.
             guidance_pass: which of several forwards of a step this is; each has slots of its own.
         """
-        run = Run(self) if run is None else run
+        if run is None:
+            run = Run(self, inputs={name: cond.pop(name) for name in self.inputs & cond.keys()})
         if run.model is not self:
             raise DitkitError("this run was started for another view of the model", hint="use Run(view, num_steps)")
         if prepared is None:
@@ -185,13 +192,36 @@ class Backbone(nn.Module):
         return s
 
     def _trunk(self, s: Streams, run: Run, prepared: Prepared) -> Streams:
-        old_masks, run.masks = run.masks, {}
+        run.old_masks, run.masks = run.masks, {}
         saved: dict[int, dict[str, Tensor]] = {}
         for ids in self.segments(run):
             row = run.plan()[ids[0]]
-            compute = _Segment(self, ids, run, prepared, saved, old_masks)
+            compute = _Segment(self, ids, run, prepared, saved)
             s = onion(compute, row.layers if row.outside else (), "block")(s)
         return s
+
+    def masks_of(
+        self, block: nn.Module, s: Streams, run: Run, layers: tuple[tuple[Method, At], ...] = (), kv: Streams | None = None
+    ) -> dict[str, Mask]:
+        """The masks of the block's attention calls over streams: the backbone's, its own and those of the layers; rendered once a run.
+
+        ``kv``: streams that give keys and values instead of those of ``s``.
+        """
+        added: list[MaskFn] = [m.mask for m, _ in layers if hasattr(m, "mask")]  # type: ignore[misc]
+        masks = {}
+        for call, (q_names, k_names) in block.calls(s).items():  # type: ignore[operator]
+            q = {n: s[n].layout for n in q_names}
+            k = {n: (kv or s).get(n, s[n]).layout for n in k_names}
+            k = block.keys(call, k) if hasattr(block, "keys") else k  # type: ignore[operator]
+            for m, at in layers:
+                k = m.keys(call, k, at)
+            functions = [*self.masks, *block_masks(block, call), *added]
+            key = (tuple(functions), tuple((n, id(u)) for n, u in q.items()), tuple((n, id(u)) for n, u in k.items()))
+            if key not in run.masks:  # the layouts are kept with the mask, so that an id stands for one of them
+                run.masks[key] = run.old_masks.get(key) or (render(functions, q, k), q, k)
+            if run.masks[key][0] is not None:
+                masks[call] = run.masks[key][0]
+        return masks
 
     def segments(self, run: Run) -> Iterator[list[int]]:
         """The blocks of this step, grouped into graphs. A block with layers outside stands alone."""
@@ -228,9 +258,8 @@ class _Segment:
         run: Run,
         prepared: Prepared,
         saved: dict[int, dict[str, Tensor]],
-        old_masks: dict[Hashable, Any],
     ) -> None:
-        self.model, self.ids, self.run, self.prepared, self.saved, self.old_masks = model, ids, run, prepared, saved, old_masks
+        self.model, self.ids, self.run, self.prepared, self.saved = model, ids, run, prepared, saved
 
     def __call__(self, s: Streams, **extra: Any) -> Streams:
         parts = tuple(self._part(i, s, extra) for i in self.ids)
@@ -259,27 +288,9 @@ class _Segment:
         skip = self.ids.index(source) if source in self.ids else None
         if source is not None and skip is None:
             extra["skip"] = {n: u.view_as(u) for n, u in self.saved[source].items()}  # not the same object as the block's input
-        masks = self._masks(i, s, extra)
+        masks = model.masks_of(model.blocks[i], s, run, run.plan()[i].layers, extra.get("kv"))
         last = self.ids[-1]
         return Part(model.blocks[i], tuple(layers), masks, extra, skip, any(a == i and b > last for a, b in model.skips))
-
-    def _masks(self, i: int, s: Streams, extra: dict[str, Any]) -> dict[str, Mask]:
-        run, layers, block = self.run, self.run.plan()[i].layers, self.model.blocks[i]
-        added: list[MaskFn] = [m.mask for m, _ in layers if hasattr(m, "mask")]  # type: ignore[misc]
-        masks = {}
-        for call, (q_names, k_names) in block.calls(s).items():  # type: ignore[operator]
-            q = {n: s[n].layout for n in q_names}
-            k = {n: extra.get("kv", s).get(n, s[n]).layout for n in k_names}
-            k = block.keys(call, k) if hasattr(block, "keys") else k  # type: ignore[operator]
-            for m, at in layers:
-                k = m.keys(call, k, at)
-            functions = [*self.model.masks, *block_masks(block, call), *added]
-            key = (tuple(functions), tuple((n, id(u)) for n, u in q.items()), tuple((n, id(u)) for n, u in k.items()))
-            if key not in run.masks:  # the layouts are kept with the mask, so that an id stands for one of them
-                run.masks[key] = self.old_masks.get(key) or (render(functions, q, k), q, k)
-            if run.masks[key][0] is not None:
-                masks[call] = run.masks[key][0]
-        return masks
 
 
 def count_graphs(model: Backbone, num_steps: int, active: Any = None) -> int:

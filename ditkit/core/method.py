@@ -37,6 +37,7 @@ class Method(nn.Module):
         breaks: traits it takes from others.
         exact: the output equals the base's up to rounding (batch independence binds exact methods).
         tolerance: for lossy ones, the relative error that the contract tests allow between a batch and its parts.
+        inputs: names of tensors (B or 1, ...) that a run hands it, in ``run.inputs``; without them it leaves the base as it is.
     """
 
     name: ClassVar[str] = ""
@@ -47,6 +48,7 @@ class Method(nn.Module):
     breaks: ClassVar[frozenset[str]] = frozenset()
     exact: ClassVar[bool] = False
     tolerance: ClassVar[float] = 1e-5
+    inputs: ClassVar[tuple[str, ...]] = ()
     scheduled: bool = False  # the plan depends on the step: needs a solver whose steps are known in advance
     step_bound: ClassVar[bool] = False  # its learned state is for one solver and number of steps (a router)
 
@@ -72,6 +74,11 @@ class Method(nn.Module):
     def off(cls) -> list[Method]:
         """Instances that must leave the base bit-identical (interval 1, strength 0, zero initialisation)."""
         return []
+
+    @classmethod
+    def example(cls, x: Tensor) -> dict[str, Tensor]:
+        """Inputs of a run over x (B, C, ...) for the contract tests, each row a function of that row of x."""
+        return {}
 
     def install(self, view: Backbone) -> None:
         """Once, on the view: check that it fits, build parameters. Raises Conflict."""

@@ -21,7 +21,7 @@ Kind = Literal["backbones", "methods", "encoders"]
 _HOME = Path(__file__).resolve().parents[1]
 _FOLDERS: dict[str, tuple[str, ...]] = {
     "backbones": ("backbones",),
-    "methods": ("methods/efficiency", "methods/adaptation", "methods/editing"),
+    "methods": ("methods/efficiency", "methods/adaptation", "methods/control", "methods/editing"),
     "encoders": ("conditioning/encoders",),
 }
 _classes: dict[tuple[str, str], type] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -58,14 +58,27 @@ class Run:
         model: a backbone or a view of one.
         num_steps: solver steps of the trajectory (schedules count these).
         active: labels of the view's methods that take part; None: all. With none active a view is its base, bit for bit.
+        inputs: tensors (B or 1, ...) that methods take besides the backbone's conditioning, by name (``model.inputs``).
     """
 
-    def __init__(self, model: Backbone, num_steps: int = 1, active: Collection[str] | None = None) -> None:
+    def __init__(
+        self,
+        model: Backbone,
+        num_steps: int = 1,
+        active: Collection[str] | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
+    ) -> None:
         if num_steps < 1:
             raise DitkitError(f"num_steps is {num_steps}", allowed="1 or more")
         if unknown := set(active or ()) - set(model.methods):
             raise DitkitError(f"no method {sorted(unknown)} is attached", allowed=f"labels among {sorted(model.methods)}")
-        self.model, self.num_steps = model, num_steps
+        if unknown := set(inputs or ()) - set(model.inputs):
+            raise DitkitError(
+                f"no method takes the input {sorted(unknown)}",
+                allowed=f"{sorted(model.inputs)}, which those attached take",
+                hint="attach it",
+            )
+        self.model, self.num_steps, self.inputs = model, num_steps, dict(inputs or {})
         self.methods: list[Method] = [m for m in model.attached if active is None or m.label in active]
         self.step = 0
         self.first = True  # the forward under way is the first of its pass and evaluation
@@ -78,7 +91,8 @@ class Run:
         self.slots: dict[Hashable, Slots] = defaultdict(dict)  # (method, block, pass, evaluation) -> tensors
         self.memory: dict[str, dict[Any, Any]] = defaultdict(dict)  # method -> anything
         self.taps: list[tuple[int, str, Tensor]] = []  # of the last forward: block, name, value
-        self.masks: dict[Hashable, Any] = {}
+        self.masks: dict[Hashable, Any] = {}  # rendered in this forward, and in the one before
+        self.old_masks: dict[Hashable, Any] = {}
         self._plans: dict[Hashable, list[Row]] = {}
         self._last: dict[Hashable, int] = {}  # (pass, evaluation) -> the step at which it last ran
         self._count: dict[Hashable, int] = defaultdict(int)  # pass -> evaluations in this step
@@ -113,6 +127,15 @@ class Run:
             self._drop(key)
         self.first = key not in self._last
         self._last[key] = self.step
+
+    def input(self, name: str, batch: int) -> Tensor | None:
+        """An input for a forward of ``batch`` rows: repeated for both halves of batched guidance, or for all; None if it was not given."""
+        value = self.inputs.get(name)
+        if value is None or len(value) == batch:
+            return value
+        if batch % len(value):
+            raise DitkitError(f"input {name!r} has {len(value)} rows for a batch of {batch}", allowed="1, or one for each row")
+        return value.repeat(batch // len(value), *[1] * (value.dim() - 1))
 
     def leave(self) -> None:
         """After the last forward of a pass: what was kept for later steps is let go."""

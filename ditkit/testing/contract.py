@@ -32,7 +32,7 @@ from ditkit.core.run import Run
 from ditkit.core.view import with_methods
 from ditkit.loading import empty_model
 
-from .trajectory import STEPS, Counted, relative, sample, steps
+from .trajectory import STEPS, Counted, inputs_of, relative, sample, steps
 
 PAIR_BACKBONES = ("dit", "two_streams")
 CAPTURED = ("fora", "int8", "lora")  # a cache, a replaced layer, a layer beside
@@ -319,7 +319,7 @@ class TestMethod:
         rows = [slice(k, k + 1) for k in range(3)]
 
         def last(part: slice) -> Tensor:
-            run = Run(view, STEPS)
+            run = Run(view, STEPS, inputs=inputs_of(view, x[part]))
             with torch.no_grad():
                 for i in itertools.islice(run.steps(), 3):
                     v = view(x[part], t[part] * (1 - i / 3), run=run, **{n: u[part] for n, u in cond.items()})

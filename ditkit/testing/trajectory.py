@@ -20,7 +20,7 @@ def steps(
 ) -> Iterator[Tensor]:
     """Euler steps of a made-up flow: x after each. ``scale`` != 1 guides towards the conditioning of the flipped batch."""
     x, t, cond = model.example(batch, seed)
-    channels, run = x.shape[1], Run(model, num_steps)
+    channels, run = x.shape[1], Run(model, num_steps, inputs=inputs_of(model, x))
     other = {k: v.flip(0) for k, v in cond.items()}
     both = {k: torch.cat([cond[k], other[k]]) for k in cond}
     prepared = [model.prepare(**c) for c in ((both,) if batched else (cond, other))]
@@ -35,6 +35,11 @@ def steps(
         v = c if scale == 1 else u + scale * (c - u)
         x = x - run.close(v)[:, :channels] * (0.3 / num_steps)
         yield x
+
+
+def inputs_of(model: Backbone, x: Tensor) -> dict[str, Tensor]:
+    """What the attached methods take from a run over x."""
+    return {name: value for m in model.attached for name, value in m.example(x).items()}
 
 
 @torch.no_grad()

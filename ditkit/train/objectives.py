@@ -23,6 +23,7 @@ _ELSEWHERE = {  # name -> the module of this package that registers it
     "tinyfusion": "tinyfusion",
     "masked_kd": "tinyfusion",
     "clear": "clear",
+    "control": "control",
     "flexdit": "flexdit",
     "harmonica": "routers",
     "l2c": "routers",
@@ -109,9 +110,11 @@ class Diffusion(Objective):
         return {k: v for k, v in batch.items() if k not in ("x", *self.draws(()))}
 
     def conditioning(self, model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the batch holds besides data and numbers, replaced by "none" where the sample's number says so."""
-        cond = self.told(batch)
+        """What the batch holds besides data and numbers, replaced by "none" where the sample's number says so; not inputs of methods."""
+        told = self.told(batch)
+        own: frozenset[str] = getattr(model, "inputs", frozenset())
+        cond, inputs = {k: v for k, v in told.items() if k not in own}, {k: v for k, v in told.items() if k in own}
         if not self.config.label_dropout or not cond:
-            return cond
+            return told
         drop, null = batch["drop"] < self.config.label_dropout, self.none(model, cond)
-        return {k: torch.where(drop.reshape(-1, *[1] * (v.dim() - 1)), null[k], v) for k, v in cond.items()}
+        return {**{k: torch.where(drop.reshape(-1, *[1] * (v.dim() - 1)), null[k], v) for k, v in cond.items()}, **inputs}
