@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from ditkit.told import find_encoder
 
 from .captioned import Captioned, check_told, examples
 from .objectives import Objective, objective_from
-from .recipe import Recipe
+from .recipe import Recipe, recipes
 from .starts import started
 
 log = logging.getLogger("ditkit")
@@ -138,7 +139,7 @@ def _new(recipe: Recipe, train: Dataset, device: torch.device) -> _Origin:
 
 def _base(recipe: Recipe, train: Dataset, device: torch.device) -> _Origin:
     """The base, or what the recipe makes of it. What is new in that is a function of the seed."""
-    opened = open_model(recipe.base or "")
+    opened = open_model(_existing(recipe.base or ""))
     model, _ = load_model(opened, torch.float32, device)
     process = process_from(opened.config.process.name, opened.config.process.config)
     with torch.random.fork_rng():
@@ -154,6 +155,14 @@ def _base(recipe: Recipe, train: Dataset, device: torch.device) -> _Origin:
     if encoder is not None and encoder.learned:
         model.encoder = encoder.to(device)
     return _Origin(model, process, encoder, opened.hash)
+
+
+def _existing(base: str) -> str:
+    """The base; where it is the run of another recipe that was not made yet, an error that says so."""
+    name = Path(base).name
+    if not Path(base).exists() and base != name and name in recipes():
+        raise ConfigError(f"the base {base} is not there yet", hint=f"ditkit train {name} --out {base}")
+    return base
 
 
 def fitted(cls: type[Backbone], train: Dataset, process: Process, encoder: TextEncoder | None = None) -> dict[str, Any]:

@@ -66,7 +66,8 @@ def reset(base: Backbone, new: Part, follows: dict[str, Any]) -> Backbone:
             allowed="settings under which all weights stay, such as input_size, position_base, position_scale, kv_ratio and kv_blocks",
         )
     fresh = sorted(set(there) - set(kept))
-    log.info("from the base: %d weights; new: %s", len(kept), ", ".join(fresh) or "none")
+    if fresh:
+        log.warning("%d weights are the base's, new are: %s", len(kept), ", ".join(fresh))
     model.load_state_dict({**there, **kept})
     return model
 

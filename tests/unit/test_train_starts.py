@@ -120,8 +120,9 @@ def test_a_stage_resumes_bit_for_bit(runs: Path, tmp_path: Path) -> None:
         (1, {"backbone": {"name": "flux"}}, "backbone is flux; allowed: pixart"),
         (1, {"encoder": None}, "is told captions, and the recipe has no encoder"),
         (2, {"encoder": {"name": "bytes"}}, "the encoder comes with the base"),
+        (2, {"base": "nowhere/pixart-alpha-2-captions"}, "not there yet; next: ditkit train pixart-alpha-2-captions --out nowhere/"),
     ],
-    ids=["width", "depth", "key", "other", "no dit", "start", "start key", "no pixart", "no encoder", "second encoder"],
+    ids=["width", "depth", "key", "other", "no dit", "start", "start key", "no pixart", "no encoder", "second encoder", "not there"],
 )
 def test_what_does_not_fit_is_one_error(number: int, sections: dict[str, Any], words: str, runs: Path) -> None:
     with pytest.raises(DitkitError, match=words):
