@@ -25,6 +25,8 @@ class Args:
     """the whole experiment, untimed; by default the headline, which ends within 20 minutes on two cores"""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("runs/reproduce")
     """folder for NAME.json and NAME.png"""
+    plan: bool = False
+    """print the minutes that it will take, computed from the protocol, and end"""
     bases: Path | None = None
     """folder of trained bases; by default the user's cache"""
     progress: bool = True
@@ -39,7 +41,12 @@ def main(argv: Sequence[str]) -> int:
     from ditkit.reproduce.protocol import Name, load_protocol
 
     part: Name = "full" if args.full else "default"
-    load_protocol(args.name, part)  # bad input is said before torch is loaded
+    protocol = load_protocol(args.name, part)  # bad input is said before torch is loaded
+    if args.plan:
+        from ditkit.reproduce.plan import plan
+
+        sys.stdout.write("\n".join(plan(protocol).lines()) + "\n")
+        return 0
     from ditkit.reproduce.bases import Stopped
     from ditkit.reproduce.runner import reproduce
     from ditkit.reproduce.summary import summary

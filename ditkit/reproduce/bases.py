@@ -29,6 +29,7 @@ from ditkit.train import Recipe, train
 log = logging.getLogger("ditkit")
 PACKAGE = Path(__file__).resolve().parents[1]
 PACKAGES = ("core", "nn", "diffusion", "train")  # all that computes a step; the backbone and the data set are added by name
+PARTS = {"scenes": ("scene_*.py", "glyphs.py")}  # of data sets that are made of several files
 NOTE = "base.json"
 
 
@@ -51,6 +52,10 @@ class BaseStore:
 
     def __init__(self, root: str | Path | None = None) -> None:
         self.root = Path(root) if root is not None else cache_dir("bases")
+
+    def home(self, base: Base) -> Path:
+        """The folder of what is made of a base, such as its cuts: a bundle's own folder is left as it is."""
+        return self.root / base.hash[:32]
 
     def get(self, recipe: Recipe, progress: bool = True) -> Base:
         """The base of ``recipe``, trained now unless it is there. Raises Stopped when a signal ended the training."""
@@ -80,6 +85,12 @@ def _finished(folder: Path) -> float | None:
     return float(read_data(note)["seconds"])
 
 
+def bundle_base(name: str) -> Base:
+    """A base that was trained before: a bundle that ditkit ships, or a folder."""
+    folder = find_bundle(name)
+    return Base(folder, open_bundle(folder).hash, 0.0, reused=True)
+
+
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Two experiments that need the same base train it once: the second waits. The lock goes with the process that holds it."""
@@ -105,25 +116,27 @@ def content_hash(recipe: Recipe) -> str:
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device.split(":")[0]
     backbone = recipe.backbone.name if recipe.backbone else ""
     if recipe.base is not None:
-        opened = open_bundle(recipe.base)
+        opened = open_bundle(find_bundle(recipe.base))
         values["base"], backbone = opened.hash, opened.config.backbone.name
     if "teacher" in recipe.objective.config:  # a bundle: what is in it counts, not where it is
         values["objective"]["config"]["teacher"] = open_bundle(find_bundle(recipe.objective.config["teacher"])).hash
-    files = [*code_of(backbone, recipe.data.name), *(method_file(m.name) for m in recipe.methods)]
+    told = recipe.encoder is not None or (recipe.base is not None and opened.config.encoder is not None)
+    files = [*code_of(backbone, recipe.data.name, told), *(path for m in recipe.methods for path in method_files(m.name))]
     content = [values, code_hash(tuple(files)), torch.__version__, kind]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def method_file(name: str) -> Path:
-    """The source file of a method of ditkit; for another package's, the registry itself (its code is not seen)."""
+def method_files(name: str) -> tuple[Path, ...]:
+    """The source of a method of ditkit and what methods of its folder share; of another package's nothing: its code is not seen."""
     found = sorted((PACKAGE / "methods").glob(f"*/{name}.py"))
-    return found[0] if found else PACKAGE / "core" / "registry.py"
+    return (found[0], *sorted(found[0].parent.glob("_[a-z]*.py"))) if found else ()
 
 
-def code_of(backbone: str, data: str) -> tuple[Path, ...]:
-    """The source files that decide what training gives."""
-    files = [path for name in PACKAGES for path in sorted((PACKAGE / name).rglob("*.py"))]
+def code_of(backbone: str, data: str, told: bool = False) -> tuple[Path, ...]:
+    """The source files that decide what training gives. ``told``: the network is told captions."""
+    files = [path for name in (*PACKAGES, *(["conditioning"] if told else [])) for path in sorted((PACKAGE / name).rglob("*.py"))]
     files += [p for p in (PACKAGE / "backbones" / f"{backbone}.py", PACKAGE / "data" / f"{data}.py") if p.is_file()]
+    files += [p for pattern in PARTS.get(data, ()) for p in sorted((PACKAGE / "data").glob(pattern))]
     if not files:
         raise DitkitError(f"{PACKAGE} holds no source", hint="install ditkit with its .py files")
     return tuple(files)

@@ -122,7 +122,7 @@ def _call(protocol: Protocol, bases: Bases, arm: Arm, real: Real | Captions) -> 
 def _counted(protocol: Protocol, eager: Pipeline, arm: Arm, real: Real | Captions) -> tuple[int, Mapping[str, Mapping[str, Any]]]:
     reports: list[Any] = []
     asked, size = real.asks(protocol.timed), arm.size or None
-    options = {"num_inference_steps": arm.num_inference_steps, "guidance_scale": arm.guidance_scale, "solver": arm.solver}
+    options: dict[str, Any] = {"num_inference_steps": arm.num_inference_steps, "guidance_scale": arm.guidance_scale, "solver": arm.solver}
 
     def call() -> None:
         first = protocol.seeds[0] * PICTURES_A_SEED

@@ -1,19 +1,27 @@
-"""The figure of an experiment: one panel a claim, and one for each curve that the protocol asks for."""
+"""The figure of an experiment: one panel a claim, and one for each curve, Pareto front and learned table that the protocol asks for."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ditkit.core.files import atomic_file
 from ditkit.core.lazy import require
 
-from .protocol import Curves
+from .protocol import Curves, Pareto
 from .result import Reproduction
+from .summary import SHARES
 from .verdicts import PairedResult, TrendResult
 
 INK, PALE, COLOURS = "#222222", "#9a9a9a", ("#1f6fb4", "#d1651b", "#2f8f4e", "#8a4fa3")
-AXES = {"mse": "held-out mean squared error", "frechet": "Fréchet distance to real data", "accuracy": "class accuracy"}
+AXES = {
+    "mse": "held-out mean squared error",
+    "frechet": "Fréchet distance to real data",
+    "accuracy": "class accuracy",
+    "drift": "mean squared difference from the reference",
+}
+ABREAST = 4  # panels in a row
 
 
 def draw(found: Reproduction, path: Path) -> Path:
@@ -22,13 +30,22 @@ def draw(found: Reproduction, path: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = [*found.protocol.curves, *found.claims]
-    figure = Figure(figsize=(5.4 * len(panels), 4.4), layout="constrained")
+    panels = [*found.protocol.pareto, *found.protocol.curves, *found.maps, *found.claims]
+    across = min(len(panels), ABREAST)
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(5.4 * across, 4.4 * down), layout="constrained")
     FigureCanvasAgg(figure)
-    for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0]):
+    places = figure.subplots(down, across, squeeze=False).flatten()
+    for axes in places[len(panels) :]:
+        axes.remove()
+    for panel, axes in zip(panels, places):
         _style(axes)
         if isinstance(panel, Curves):
             _curves(panel, found, axes)
+        elif isinstance(panel, Pareto):
+            _pareto(panel, found, axes)
+        elif isinstance(panel, str):
+            _map(panel, found, axes)
         elif isinstance(panel, TrendResult):
             _trend(panel, found, axes)
         else:
@@ -54,8 +71,9 @@ def _curves(panel: Curves, found: Reproduction, axes: Any) -> None:
     """Mean over seeds with a dot for each seed."""
     from matplotlib.ticker import LogLocator, NullLocator
 
+    taken = {r.arm: r.num_inference_steps for r in found.rows}
     for series, colour in zip(panel.series, COLOURS):
-        steps = [found.protocol.arms[a].num_inference_steps for a in series.arms]
+        steps = [taken[a] for a in series.arms]
         values = [_values(found, a, panel.metric) for a in series.arms]
         axes.plot(steps, [sum(v) / len(v) for v in values], color=colour, label=series.label)
         for n, v in zip(steps, values):
@@ -63,7 +81,7 @@ def _curves(panel: Curves, found: Reproduction, axes: Any) -> None:
     axes.axhline(
         found.real[panel.metric], color=PALE, linestyle="--", linewidth=1, label=f"real test pictures ({found.real['num_samples']})"
     )
-    every = sorted({found.protocol.arms[a].num_inference_steps for s in panel.series for a in s.arms})
+    every = sorted({taken[a] for s in panel.series for a in s.arms})
     axes.set_xscale("log")
     axes.set_xticks(every, [str(n) for n in every], minor=False)
     axes.set_xticks([], minor=True)
@@ -75,6 +93,58 @@ def _curves(panel: Curves, found: Reproduction, axes: Any) -> None:
     axes.set_xlabel("network evaluations")
     axes.set_ylabel(AXES[panel.metric])
     axes.legend(frameon=False, fontsize=8)
+
+
+def _pareto(panel: Pareto, found: Reproduction, axes: Any) -> None:
+    """One point an arm, the mean over seeds, and a line through those that no other beats in both."""
+    from matplotlib.ticker import NullFormatter
+
+    rows = {r.arm: r for r in found.rows}
+    scale, unit = (1e3, "ms a picture") if panel.cost == "seconds" else (1e-6, "million multiply-adds a picture")
+    points = []
+    for arm in panel.arms:
+        values = _values(found, arm, panel.metric)
+        cost = rows[arm].sample_seconds if panel.cost == "seconds" else rows[arm].sample_macs
+        points.append((float(cost or 0) * scale, sum(values) / len(values), rows[arm].label))
+    best = front([(cost, value) for cost, value, _ in points])
+    axes.plot([c for c, _ in best], [v for _, v in best], color=COLOURS[0], linewidth=1, drawstyle="steps-post", label="front")
+    for cost, value, label in points:
+        axes.plot(cost, value, "o", color=COLOURS[0] if (cost, value) in best else PALE, markersize=5)
+        axes.annotate(label, (cost, value), textcoords="offset points", xytext=(4, 4), fontsize=6, color=INK)
+    if panel.metric == "frechet":
+        axes.axhline(found.real["frechet"], color=PALE, linestyle="--", linewidth=1, label=f"real ({found.real['num_samples']})")
+    if min(value for _, value, _ in points) > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.margins(x=0.15, y=0.1)
+    axes.set_xlabel(unit)
+    axes.set_ylabel(AXES[panel.metric])
+    axes.legend(frameon=False, fontsize=7)
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other is as good as in both numbers, and better in one; by the first number. Less is better."""
+    best: list[tuple[float, float]] = []
+    for cost, value in sorted(set(points)):
+        if not best or value < best[-1][1]:
+            best.append((cost, value))
+    return best
+
+
+def _map(arm: str, found: Reproduction, axes: Any) -> None:
+    """What the first seed's table reuses: steps to the right, branches down."""
+    from matplotlib.colors import ListedColormap
+
+    seed = str(found.protocol.seeds[0])
+    reused = found.maps[arm][seed]
+    share = sum(map(sum, reused)) / (len(reused) * len(reused[0]))
+    axes.imshow(list(zip(*reused)), aspect="auto", cmap=ListedColormap(["#e4e8ee", COLOURS[1]]), vmin=0, vmax=1, interpolation="nearest")
+    branches = found.maps[arm]["branches"]
+    axes.set_yticks(range(len(branches)), branches, fontsize=6)
+    axes.grid(visible=False)
+    axes.set_xlabel("step")
+    label = found.protocol.arms[arm].label or arm
+    axes.set_title(f"{label}: {share:.0%} reused (orange), seed {seed}", fontsize=9)
 
 
 def _trend(panel: TrendResult, found: Reproduction, axes: Any) -> None:
@@ -102,7 +172,7 @@ def _trend(panel: TrendResult, found: Reproduction, axes: Any) -> None:
 def _effects(panel: PairedResult, found: Reproduction, axes: Any) -> None:
     """Each comparison with its bound; right of 0 the method is better."""
     labels = {name: arm.label or name for name, arm in found.protocol.arms.items()}
-    scale = 100.0 if panel.relative or panel.metric == "accuracy" else 1.0
+    scale = 100.0 if panel.relative or panel.metric in SHARES else 1.0
     effects = [*panel.effects, *panel.context]
     for place, e in enumerate(effects):
         colour = COLOURS[0] if e.verdict else PALE
@@ -114,7 +184,19 @@ def _effects(panel: PairedResult, found: Reproduction, axes: Any) -> None:
     axes.set_yticks([-i for i in range(len(effects))], [f"{labels[e.method]}\nover {labels[e.baseline]}" for e in effects], fontsize=7)
     axes.set_ylim(-len(effects) + 0.4, 0.6)
     axes.grid(visible=False)
-    unit = "%" if panel.relative else "points" if panel.metric == "accuracy" else "distance"
+    if panel.margin:
+        axes.axvline(-panel.margin * scale, color=COLOURS[1], linestyle=":", linewidth=1.2, label="margin")
+    unit = (
+        "%"
+        if panel.relative
+        else "points"
+        if panel.metric in SHARES
+        else "distance"
+        if panel.metric == "frechet"
+        else panel.metric
+        if panel.metric == "frechet"
+        else "mean square"
+    )
     axes.set_xlabel(f"better by ({unit}); bar: 95 % bounds, ticks: seeds")
     axes.set_title(f"{panel.name}: {panel.verdict}", fontsize=9)
     axes.legend(frameon=False, fontsize=7, loc="best")

@@ -8,26 +8,33 @@ import json
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ditkit.core.errors import ConfigError, DitkitError
 from ditkit.core.files import write_json
 from ditkit.eval.bench import commit
 from ditkit.eval.counters import count_forward, parameters
 from ditkit.eval.roof import machine, other_work
+from ditkit.methods.specs import parse_spec
 from ditkit.pipeline import Pipeline
 
-from .bases import Base, BaseStore
+from .bases import Base, BaseStore, bundle_base
+from .costs import ArmCost, arm_costs, run_checks, tables, with_steps
 from .cuts import origin
 from .figure import draw
 from .measures import Measured, Real, measure
-from .protocol import Name, Paired, Protocol, load_protocol, name_of
+from .protocol import OF_SAMPLES, Arm, Name, Paired, Protocol, load_protocol, name_of
+from .readings import Captions
 from .result import Reproduction, Row
+from .started import start_folder
 from .statistics import detectable
 from .verdicts import ClaimResult, Values, judge_paired, judge_trend
 
 log = logging.getLogger("ditkit")
+TRAINED = {"trained": False, "reused": True}
 
 
 def reproduce(
@@ -52,15 +59,20 @@ def reproduce(
     """
     protocol, out = load_protocol(name, part), Path(out)
     check_power(protocol)
+    check_methods(protocol)
     if out.exists() and not out.is_dir():
         raise DitkitError(f"{out} is a file", hint="choose a folder for the results")
     stem = Path(name).stem + ("-full" if part == "full" else "")
     out.mkdir(parents=True, exist_ok=True)
     before, start = other_work(), time.perf_counter()
-    real = Real(protocol.data)
+    real = Real(protocol.data, protocol.data_config) if protocol.reader is None else Captions(protocol)
+    kept = out / f"{stem}-measured"
     bases, training = train_bases(protocol, BaseStore(store), progress)
-    measured, measuring = measure_arms(protocol, bases, real, out / f"{stem}-measured", progress)
-    rows, judging = rows_of(protocol, bases, measured), time.perf_counter()
+    arms = with_steps(protocol, bases, real, kept, progress)
+    measured, measuring = measure_arms(protocol, arms, bases, real, kept, progress)
+    costs, costing = arm_costs(protocol, bases, arms, real, progress), time.perf_counter()
+    checks = run_checks(protocol, progress)
+    rows, judging = rows_of(protocol, arms, bases, measured, costs), time.perf_counter()
     claims = judge(protocol, measured, {r.arm: r.macs for r in rows})
     end = time.perf_counter()
     found = Reproduction(
@@ -74,14 +86,23 @@ def reproduce(
         command=command,
         others_before=before,
         others_after=other_work(),
-        seconds={"training": training, "measuring": measuring, "judging": end - judging, "all": end - start},
-        bases={"trained": sum(not b.reused for b in bases.values()), "reused": sum(b.reused for b in bases.values())},
-        real=real.floor(protocol.num_samples),
+        seconds={"training": training, "measuring": measuring, "checks": judging - costing, "judging": end - judging, "all": end - start},
+        bases={what: sum(b.reused == reused for (n, _), b in bases.items() if n in protocol.bases) for what, reused in TRAINED.items()},
+        real=_floor(real, protocol),
         rows=rows,
         claims=claims,
+        checks=checks,
+        maps=tables(protocol, bases, protocol.maps),
     )
     write_json(out / f"{stem}.json", found.to_dict())
     return found, out / f"{stem}.json", draw(found, out / f"{stem}.png")
+
+
+def _floor(real: Real | Captions, protocol: Protocol) -> dict[str, Any]:
+    """What real test pictures score; nothing where no claim is of samples, and nobody needs the reader."""
+    if isinstance(real, Real):
+        return real.floor(protocol.num_samples, protocol.read_labels)
+    return real.floor(protocol.num_samples) if any(c.metric in OF_SAMPLES for c in protocol.claims.values()) else {}
 
 
 def check_power(protocol: Protocol) -> None:
@@ -97,44 +118,81 @@ def check_power(protocol: Protocol) -> None:
                 )
 
 
+def check_methods(protocol: Protocol) -> None:
+    """Raise DitkitError or ConfigError for methods whose settings do not exist, before anything is trained."""
+    for text in [a.methods for a in protocol.arms.values()] + [c.methods for c in protocol.costs.values()]:
+        if text:
+            parse_spec(text).build()
+
+
 def train_bases(protocol: Protocol, store: BaseStore, progress: bool) -> tuple[dict[tuple[str, int], Base], float]:
     """All bases that are needed, for every seed, and the seconds it took."""
     start = time.perf_counter()
     todo = [(name, seed) for seed in protocol.seeds for name in protocol.needed()]
     found: dict[tuple[str, int], Base] = {}
     for i, (name, seed) in enumerate(todo):
+        trained_for = protocol.seed_of(name, seed)
+        if trained_for != seed:
+            found[name, seed] = found[name, trained_for]
+            continue
         log.info("base %d of %d: %s, seed %d", i + 1, len(todo), name, seed)
-        folders = {text: origin(text, found[name_of(text), seed].folder, protocol.data, seed) for text in protocol.builds_on(name)}
-        found[name, seed] = store.get(protocol.recipe_of(name, seed, folders), progress)
+        found[name, seed] = _base(protocol, name, seed, found, store, progress)
+    for arm in protocol.arms.values():
+        for seed in protocol.seeds if arm.start and (arm.base, protocol.seeds[0]) in found else ():
+            base = found[arm.base, seed]
+            folder = start_folder(base.folder, store.home(base), arm.start, protocol.starts[arm.start], seed)
+            found[arm.stands_on, seed] = replace(bundle_base(folder), seconds=base.seconds)
     return found, time.perf_counter() - start
+
+
+def _base(protocol: Protocol, name: str, seed: int, found: Mapping[tuple[str, int], Base], store: BaseStore, progress: bool) -> Base:
+    if bundle := protocol.bundle_of(name):
+        return bundle_base(bundle)
+    folders = {}
+    for text in protocol.builds_on(name):
+        on = found[name_of(text), seed]
+        how = text.partition(":")[2]
+        if how in protocol.starts:
+            folders[text] = start_folder(on.folder, store.home(on), how, protocol.starts[how], seed)
+        else:
+            folders[text] = origin(text, on.folder, store.home(on), protocol.data, seed, protocol.data_config)
+    return store.get(protocol.recipe_of(name, seed, folders), progress)
 
 
 def measure_arms(
-    protocol: Protocol, bases: Mapping[tuple[str, int], Base], real: Real, store: Path, progress: bool
+    protocol: Protocol, arms: Mapping[str, Arm], bases: Mapping[tuple[str, int], Base], real: Real | Captions, store: Path, progress: bool
 ) -> tuple[dict[str, list[Measured]], float]:
     """Arm -> what was measured for each seed, and the seconds it took."""
     start = time.perf_counter()
-    arms = [a for names in protocol.needed().values() for a in names]
+    todo = [a for names in protocol.needed().values() for a in names]
     found: dict[str, list[Measured]] = {}
-    for i, name in enumerate(arms):
-        log.info("arm %d of %d: %s", i + 1, len(arms), name)
-        arm = protocol.arms[name]
-        found[name] = [measure(bases[arm.base, seed], arm, seed, protocol, real, store, progress) for seed in protocol.seeds]
+    for i, name in enumerate(todo):
+        log.info("arm %d of %d: %s", i + 1, len(todo), name)
+        arm = arms[name]
+        found[name] = [measure(bases[arm.stands_on, seed], arm, seed, protocol, real, store, progress) for seed in protocol.seeds]
+    compared = {name: arms[name].reference for name in todo if arms[name].reference}
+    found |= {name: [m.against(r) for m, r in zip(found[name], found[reference])] for name, reference in compared.items()}
     return found, time.perf_counter() - start
 
 
-def rows_of(protocol: Protocol, bases: Mapping[tuple[str, int], Base], measured: Mapping[str, list[Measured]]) -> tuple[Row, ...]:
+def rows_of(
+    protocol: Protocol,
+    arms: Mapping[str, Arm],
+    bases: Mapping[tuple[str, int], Base],
+    measured: Mapping[str, list[Measured]],
+    spent: Mapping[str, ArmCost],
+) -> tuple[Row, ...]:
     """One row an arm and seed."""
     costs = {}
-    for name in protocol.needed():
+    for name in dict.fromkeys(arms[a].stands_on for a in measured):
         model = Pipeline.from_pretrained(bases[name, protocol.seeds[0]].folder, dtype="float32", device="cpu").model
         costs[name] = count_forward(model, 1).macs, parameters(model)
     rows = []
     for name, values in measured.items():
-        arm = protocol.arms[name]
+        arm = arms[name]
         passes = 1 if arm.guidance_scale == 1 else 2
         for seed, one in zip(protocol.seeds, values):
-            base = bases[arm.base, seed]
+            base = bases[arm.stands_on, seed]
             rows.append(
                 Row(
                     arm=name,
@@ -145,13 +203,24 @@ def rows_of(protocol: Protocol, bases: Mapping[tuple[str, int], Base], measured:
                     measure=arm.measure,
                     num_inference_steps=arm.num_inference_steps,
                     evaluations=arm.num_inference_steps * passes or 1,
-                    macs=costs[arm.base][0],
-                    parameters=costs[arm.base][1],
+                    macs=costs[arm.stands_on][0],
+                    parameters=costs[arm.stands_on][1],
                     trained_seconds=base.seconds,
                     metrics=one.metrics(),
+                    methods=arm.methods,
+                    **_spent(name, protocol.baseline, spent),
                 )
             )
     return tuple(rows)
+
+
+def _spent(name: str, baseline: str, spent: Mapping[str, ArmCost]) -> dict[str, Any]:
+    """What the pictures of an arm cost, and what is saved over the baseline."""
+    if name not in spent:
+        return {}
+    own, base = spent[name], spent.get(baseline)
+    saved = {} if base is None else {"macs_saved": 1 - own.macs / base.macs, "time_saved": 1 - own.seconds / base.seconds}
+    return {"sample_macs": own.macs, "sample_seconds": own.seconds, "report": dict(own.report), **saved}
 
 
 def judge(protocol: Protocol, measured: Mapping[str, list[Measured]], macs: Mapping[str, int]) -> tuple[ClaimResult, ...]:

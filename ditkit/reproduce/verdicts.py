@@ -5,6 +5,8 @@ the training seeds (Student's t); the wider counts.
     shown          the lower bound is above 0
     not shown      otherwise, and the upper bound is below the smallest effect that the protocol set out to find
     underpowered   otherwise: neither no effect nor one of that size can be excluded
+
+Of a claim with a margin, that the method is worse by no more than that, both bounds count from -margin.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ class PairedResult:
     verdict: Verdict
     effects: tuple[Effect, ...]
     context: tuple[Effect, ...]
+    margin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,9 @@ def judge_paired(name: str, claim: Paired, protocol: Protocol, values: Values, s
     effects = tuple(_effect(c, claim, tables, judged=True) for c in claim.comparisons)
     context = tuple(_effect(c, claim, tables, judged=False) for c in claim.context)
     overall = together([e.verdict for e in effects if e.verdict is not None])
-    return PairedResult(name, claim.hypothesis, claim.metric, claim.relative, claim.smallest_effect, overall, effects, context)
+    return PairedResult(
+        name, claim.hypothesis, claim.metric, claim.relative, claim.smallest_effect, overall, effects, context, claim.margin
+    )
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,10 @@ def _effect(c: Comparison, claim: Paired, tables: Mapping[str, _Table], judged: 
     sign = 1.0 if claim.metric in HIGHER_IS_BETTER else -1.0
 
     def better(a: Array, b: Array) -> Array:
-        return sign * (a - b) / (b if claim.relative else 1.0)
+        if not claim.relative:
+            return sign * (a - b)
+        whole = np.where(b > 0, b, np.maximum(a, np.finfo(np.float64).tiny))  # a baseline without any error: the method's is the whole
+        return sign * (a - b) / whole
 
     per_seed = better(method.values, baseline.values)
     boot = bootstrap_bound(float(per_seed.mean()), better(method.draws, baseline.draws).mean(1))
@@ -146,7 +154,7 @@ def _effect(c: Comparison, claim: Paired, tables: Mapping[str, _Table], judged: 
         bootstrap=boot,
         over_seeds=seed,
         detectable=detectable(float(per_seed.std(ddof=1)), 0.0, len(per_seed)),
-        verdict=verdict(bound.low, bound.high, claim.smallest_effect) if judged else None,
+        verdict=verdict(bound.low + claim.margin, bound.high + claim.margin, claim.smallest_effect) if judged else None,
     )
 
 

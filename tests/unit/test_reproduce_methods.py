@@ -163,6 +163,13 @@ def test_not_worse_by_more_than_a_margin(worse: float, expected: str) -> None:
     assert judge_paired("c", claim, parsed, {"m": values(5 + worse), "b": values(5)}, 70).verdict == expected
 
 
+def test_a_baseline_without_error_is_no_division_by_zero() -> None:
+    values = protocol()["claims"]["near"] | {"relative": True, "comparisons": [{"method": "m", "baseline": "b"}]}
+    exact, worse = [lambda rows=None: 0.0] * 3, [lambda rows=None: 0.5] * 3
+    found = judge_paired("c", Paired.parse(values), Protocol.parse(protocol()), {"m": worse, "b": exact}, 70)
+    assert (found.effects[0].effect, found.verdict) == (-1.0, "not shown")
+
+
 def test_the_front_is_what_nothing_beats_in_both() -> None:
     assert front([(3, 1), (1, 3), (2, 2), (2.5, 2.5), (2, 4), (4, 1)]) == [(1, 3), (2, 2), (3, 1)]
 
@@ -219,7 +226,7 @@ def tiny(name: str, bundle: str) -> dict[str, Any]:
         else:
             base["trainer"] = {**base.get("trainer", {}), **FEW}
         if "dim" in (base.get("backbone") or {}).get("config", {}):
-            base["backbone"]["config"]["dim"] = 16
+            base["backbone"]["config"] |= {"dim": 16} if name in ("flexdit", "tinyfusion") else {"dim": 16, "depth": 2}
         for method in base.get("methods", []):
             if "num_inference_steps" in method["config"]:
                 method["config"]["num_inference_steps"] = 4
@@ -243,6 +250,7 @@ def tiny(name: str, bundle: str) -> dict[str, Any]:
     return values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ACCELERATORS)
 def test_each_experiment_runs_from_its_file_to_its_verdicts(name: str, tiny_bundle: str, tmp_path: Path) -> None:
     values = tiny(name, tiny_bundle)
