@@ -147,9 +147,10 @@ class CaptionJudge:
 
 def _options(card: DataCard, name: str) -> dict[str, Any]:
     """How the set is loaded: as for training, where the bundle says how, at the size of the bundle's pictures."""
-    if name == card.name and card.config:
-        return dict(card.config)
     side = card.shape[-1]
+    if name == card.name and card.config:
+        several = isinstance(card.config.get("size"), list)  # scenes that were trained at several sizes
+        return {**card.config, "size": side} if several else dict(card.config)
     if name == "scenes":  # an older bundle: the world that the reader knows best
         from .scene_reader import SYMBOLS
 
@@ -218,7 +219,7 @@ class _Scenes:
         from .scene_reader import SceneReader, attribute_scores
 
         self.asked, self.attributes = asked, attribute_scores
-        self.reader = SceneReader.load(_world_to_read(options), asked.real.shape[-1])
+        self.reader = SceneReader.load(world_to_read(options), asked.real.shape[-1])
         self.real = self.reader.read(asked.real)
 
     def __call__(self, x: Tensor, features: Mapping[str, Array]) -> list[Score]:
@@ -243,7 +244,7 @@ class _Scenes:
         return scores
 
 
-def _world_to_read(options: Mapping[str, Any]) -> SceneConfig:
+def world_to_read(options: Mapping[str, Any]) -> SceneConfig:
     """The reader's own world where that holds all that can be shown, so that one reader judges alike; else the world itself."""
     from ditkit.data.scenes import SceneConfig
 

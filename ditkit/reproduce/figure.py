@@ -142,6 +142,7 @@ def _map(arm: str, found: Reproduction, axes: Any) -> None:
     branches = found.maps[arm]["branches"]
     axes.set_yticks(range(len(branches)), branches, fontsize=6)
     axes.grid(visible=False)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("step")
     label = found.protocol.arms[arm].label or arm
     axes.set_title(f"{label}: {share:.0%} reused (orange), seed {seed}", fontsize=9)

@@ -29,6 +29,7 @@ from .started import started_part
 RATE = 1.5 * 45e9  # FLOP a second of two AVX2 cores in networks this small: 45e9 on one of them, and half as much again
 BLOCK = 1e-3  # seconds of Python for a block's forward; three times that with its gradients
 UPDATE = 0.02  # seconds of Python for an update: batch, optimiser, averaging
+CONVERT = 10.0  # seconds until an engine or the compiler has a network as small as an experiment's, for each shape of batch and each seed
 COMPILE = 40.0  # seconds until a step graph of a dozen blocks is there
 PICTURE = 1e-3  # seconds to render a picture of scenes
 READER = 100.0  # seconds to fit a reader of scenes
@@ -86,6 +87,8 @@ def plan(protocol: Protocol) -> Plan:
     equal = [protocol.arms[u] for a in sampled if a.equal_time_to for u in (a.equal_time_to,)]
     timing = sum(calls * _sampling(protocol, a, protocol.timed, macs, depth) for a in sampled)
     timing += sum((WARMUPS + REPEATS) * 2 * _sampling(protocol, a, protocol.timed, macs, depth) for a in equal)
+    shapes = 1 + bool(protocol.num_samples > BATCH and protocol.num_samples % BATCH)
+    timing += CONVERT * (1 + seeds * shapes) * sum("compile" in a.methods for a in sampled)
     return Plan(
         training=training,
         shared=protocol.shared,

@@ -138,7 +138,7 @@ def test_an_older_bundle_is_asked_in_the_world_that_the_reader_knows() -> None:
 
 
 def test_a_world_within_the_reader_s_own_is_read_by_the_same_reader() -> None:
-    read = captions_module._world_to_read
+    read = captions_module.world_to_read
     assert read({**SYMBOLS.to_dict(), "size": 32, "max_rotation": 0, "groups": ["suits"]}) == SYMBOLS
     assert read({**SYMBOLS.to_dict(), "groups": ["letters"]}).groups == ("letters",)
     assert read({**SYMBOLS.to_dict(), "max_rotation": 90}).max_rotation == 90
