@@ -203,7 +203,7 @@ def tiny(name: str, claims: tuple[str, ...]) -> dict[str, Any]:
     values["recipe"] = merged(values["recipe"], {"trainer": trainer})
     for base in values["bases"].values():
         if "trainer" in base:
-            base["trainer"] = {"warmup_steps": 0}
+            base["trainer"] = {"warmup_steps": 1}
     for arm in values["arms"].values():
         if arm.get("measure") == "samples":
             arm["num_inference_steps"] = 1
