@@ -104,7 +104,7 @@ def evaluation(backbone: Part, encoder: Part | None, side: int = 0) -> tuple[int
     """Multiply-adds of an evaluation for one picture, of ``side`` if given, and blocks, of a network without methods; with the encoder that
     is learned along.
     """
-    return _evaluation(*(None if part is None else json.dumps(part.to_dict(), sort_keys=True) for part in (backbone, encoder)), side)  # type: ignore[arg-type]
+    return _evaluation(*(None if part is None else json.dumps(part.to_dict(), sort_keys=True) for part in (backbone, encoder)), side)
 
 
 @lru_cache(maxsize=64)
@@ -140,9 +140,9 @@ def _part(protocol: Protocol, base: str) -> tuple[Part, Part | None]:
         return Part(name=part.name, config={**part.config, "depth": kept}), encoder
     noise = recipe.process or Part(name="flow")
     train, process = data.load(recipe.data.name, "train", **recipe.data.config), process_from(noise.name, noise.config)
-    encoder = recipe.encoder and encoder_from(recipe.encoder.name, recipe.encoder.config)
+    told = encoder_from(recipe.encoder.name, recipe.encoder.config) if recipe.encoder else None
     cls, _ = backbone_config(Part(name=recipe.backbone.name))
-    return Part(name=recipe.backbone.name, config={**fitted(cls, train, process, encoder), **recipe.backbone.config}), recipe.encoder
+    return Part(name=recipe.backbone.name, config={**fitted(cls, train, process, told), **recipe.backbone.config}), recipe.encoder
 
 
 def _bundled(name: str) -> tuple[Part, Part | None]:

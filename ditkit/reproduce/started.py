@@ -69,7 +69,7 @@ def _reconfigured(pipe: Pipeline, start: Reconfigured) -> Pipeline:
                 f"redraw {pattern!r} matches no new module", allowed="patterns: 'blocks.*.attn.down.conv'", hint=nearest(pattern, modules)
             )
         for name in names:
-            modules[name].reset_parameters()  # type: ignore[operator]
+            modules[name].reset_parameters()
     return _pipeline(pipe, model, model.encoder or pipe.encoder, {})
 
 
