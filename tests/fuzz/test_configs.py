@@ -47,8 +47,8 @@ def at(data, path):
 
 
 def unknown_key(data, rng, schema):
-    """In any object."""
-    path = rng.choice([p for p, v in nodes(data) if isinstance(v, dict)])
+    """In any object but those whose keys belong to somebody else (options of a data set)."""
+    path = rng.choice([p for p, v in nodes(data) if isinstance(v, dict) and p not in schema["free"]])
     at(data, path)[rng.choice(["k", "_k", "Name", "seed ", "model", "__class__", "0", "ä"]) + str(rng.randrange(99))] = rng.choice(
         [1, "x", None, {}]
     )
@@ -144,7 +144,7 @@ def under(path, **values):
 
 BUNDLE = {
     "notes": (),
-    "free": [("data", "labels"), ("data", "name")],
+    "free": [("data", "labels"), ("data", "name"), ("data", "config")],  # a data set checks its options when it is loaded
     "needed": [("backbone",), ("process",), ("data",), ("data", "shape"), ("backbone", "name"), ("methods", 0, "label")],
     "ranges": [
         *under(("backbone", "config"), depth=[0, -1, *HUGE, 1, 3], dim=[0, -4, 18, 17, 32, *HUGE], num_heads=[0, 3, -2, *HUGE]),

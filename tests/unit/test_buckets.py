@@ -340,13 +340,13 @@ def test_a_compiled_run_has_one_graph_a_size(root: Path, tmp_path: Path, monkeyp
         return graph.forward
 
     monkeypatch.setattr(loop, "compile_view", lambda model, grain, **kw: compile_view(model, grain, backend=count, **kw))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    options = {"buckets": {"resolutions": [16], "multiple": 8}}  # 16 x 16, 8 x 32, 32 x 8
-    training = loop.Training(recipe(root, options, compile="step"), tmp_path, loop.connect("cpu"))
-    shapes = set()
-    for step in range(9):
-        batch = training.batches(step)
-        training.backward(batch)
-        shapes.add(tuple(batch.tensors["x"].shape[2:]))
+    with torch._dynamo.config.patch(recompile_limit=1):
+        options = {"buckets": {"resolutions": [16], "multiple": 8}}  # 16 x 16, 8 x 32, 32 x 8
+        training = loop.Training(recipe(root, options, compile="step"), tmp_path, loop.connect("cpu"))
+        shapes = set()
+        for step in range(9):
+            batch = training.batches(step)
+            training.backward(batch)
+            shapes.add(tuple(batch.tensors["x"].shape[2:]))
     assert shapes == {(16, 16), (8, 32), (32, 8)}
     assert len(graphs) == len(shapes)

@@ -211,8 +211,8 @@ def test_a_thousand_wrong_configurations_are_refused(pipe, tmp_path):
     pipe.with_methods(FORA(interval=2)).save_pretrained(tmp_path / "b")
     path = tmp_path / "b" / "config.json"
     good, rng, text = json.loads(path.read_text()), random.Random(0), path.read_text()
-    places = list(nodes(good))
-    cases = [json.dumps(bad) for _ in range(7) for p, _ in places for k in KINDS if (bad := spoil(good, p, k, rng)) is not None]
+    places = [p for p, _ in nodes(good) if p != ("data", "config")]  # options of a data set, which checks them when it is loaded
+    cases = [json.dumps(bad) for _ in range(7) for p in places for k in KINDS if (bad := spoil(good, p, k, rng)) is not None]
     cases += [text[: rng.randrange(len(text) - 2)] for _ in range(300)]
     cases += [text.replace('"format": 1', f'"format": {value}') for value in ("2", '"1"', '1, "format": 1', "NaN")]
     assert len(cases) >= 1000
