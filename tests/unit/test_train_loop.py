@@ -1,7 +1,7 @@
 """The loop: EMA never in the trained model (A13), accumulation, previews (A06), methods, and what it leaves behind."""
 
-import os
-import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -212,21 +212,32 @@ def test_bfloat16_is_a_matter_of_arithmetic(tmp_path: Path, plain: Path) -> None
     assert not equal(weights, raw(plain))
 
 
-def test_sigterm_writes_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path, plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    update = loop.Training.update
+STRUCK = """
+import os, signal, sys
+from pathlib import Path
+from ditkit.testing.training import tiny_recipe
+from ditkit.train import loop, train
 
-    def strike(self, batch):
-        update(self, batch)
-        if self.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+update = loop.Training.update
 
-    monkeypatch.setattr(loop.Training, "update", strike)
-    before = signal.getsignal(signal.SIGTERM)
-    result = run(tmp_path / "run")
-    assert (result.finished, result.step) == (False, 3)
-    assert signal.getsignal(signal.SIGTERM) is before
+def strike(self, batch):
+    update(self, batch)
+    if self.step == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+loop.Training.update = strike
+before = signal.getsignal(signal.SIGTERM)
+result = train(tiny_recipe(), Path(sys.argv[1]), progress=False)
+assert (result.finished, result.step) == (False, 3), result
+assert signal.getsignal(signal.SIGTERM) is before
+"""
+
+
+def test_sigterm_writes_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path, plain: Path) -> None:
+    """In a process of its own: a signal that is not caught ends the one it is sent to."""
+    done = subprocess.run([sys.executable, "-c", STRUCK, str(tmp_path / "run")], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0, done.stderr[-2000:]
     assert not (tmp_path / "run" / "config.json").exists()
-    monkeypatch.undo()
     result = run(tmp_path / "run")
     assert (result.finished, result.resumed_from) == (True, 3)
     assert equal(raw(tmp_path / "run"), raw(plain))
