@@ -17,9 +17,9 @@ from torch import nn
 
 from .backbone import Backbone, count_graphs, run_blocks
 from .errors import Conflict, DitkitError
+from .grains import ENGINES, GRAINS
 from .method import Method, check_conflicts, order
 
-ENGINES = ("inductor", "openvino")
 _views: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
 
 
@@ -130,8 +130,8 @@ def compile_view(
     Raises:
         DitkitError: no such grain or engine. MissingDependency: the engine is not installed.
     """
-    if grain not in ("block", "step"):
-        raise DitkitError(f"grain is {grain!r}", allowed="'block' or 'step'")
+    if grain not in GRAINS:
+        raise DitkitError(f"grain is {grain!r}", allowed=" or ".join(map(repr, GRAINS)))
     backend = _backend(engine) if backend is None else backend
     view = shallow(model)
     view.grain = grain

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 from ditkit.core import registry
 from ditkit.core.config import parse_yaml
 from ditkit.core.errors import ConfigError
+from ditkit.core.grains import ENGINES, GRAINS
 
 if TYPE_CHECKING:
     from ditkit.core.method import Method
     from ditkit.pipeline import Pipeline
-
-GRAINS = ("block", "step")
-ENGINES = ("inductor", "openvino")
 
 
 @dataclass(frozen=True)
