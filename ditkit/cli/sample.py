@@ -56,6 +56,10 @@ class Args:
     """of a picture; by default as trained"""
     batch_size: int | None = None
     """pictures at a time"""
+    methods: str | None = None
+    """attached for this call, on one line: fora:interval=2+int8, or fora:interval=2+compile"""
+    inputs: tuple[str, ...] = ()
+    """pictures that attached methods take, NAME=FILE: control=edges.png"""
     compile: Literal["block", "step"] | None = None
     """compile the network: block starts in seconds, step is faster per step"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -83,8 +87,8 @@ def main(argv: Sequence[str]) -> int:
     from ditkit.pipeline import Pipeline
 
     pipe = Pipeline.from_pretrained(args.folder, dtype=args.dtype, device=args.device, text_encoder=args.text_encoder)
-    pipe = pipe if args.compile is None else pipe.compile(args.compile)
-    out = pipe.remake(args.remake) if args.remake else _sample(pipe, args)
+    pipe, inputs = _accelerated(pipe, args), _inputs(args.inputs)
+    out = pipe.remake(args.remake, inputs) if args.remake else _sample(pipe, args, inputs)
     zoom = args.zoom or max(1, 64 // max(out.images[0].size))
     out.save(args.output, zoom)
     paths = [] if args.each is None else out.save_each(args.each, zoom)
@@ -92,7 +96,28 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _sample(pipe: Pipeline, args: Args) -> Output:
+def _accelerated(pipe: Pipeline, args: Args) -> Pipeline:
+    from ditkit.methods.specs import parse_spec
+
+    spec = parse_spec(args.methods) if args.methods is not None else None
+    if spec is not None:
+        if spec.grain and args.compile:
+            raise DitkitError(f"--compile {args.compile} and {spec.compilation!r} in --methods", allowed="one of them")
+        pipe = spec.compiled(pipe.with_methods(*spec.build()) if spec.methods else pipe)
+    return pipe if args.compile is None else pipe.compile(args.compile)
+
+
+def _inputs(pairs: Sequence[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, path = pair.partition("=")
+        if not (name and equals and path) or name in found:
+            raise DitkitError(f"--inputs {pair!r}", allowed="NAME=FILE, each name once", hint="--inputs control=edges.png")
+        found[name] = path
+    return found
+
+
+def _sample(pipe: Pipeline, args: Args, inputs: dict[str, str]) -> Output:
     return pipe(
         args.class_labels or None,
         prompt=args.prompt or None,
@@ -108,6 +133,7 @@ def _sample(pipe: Pipeline, args: Args) -> Output:
         solver=args.solver,
         height=args.height,
         width=args.width,
+        inputs=inputs,
         batch_size=args.batch_size,
     )
 

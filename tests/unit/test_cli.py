@@ -97,6 +97,26 @@ def test_sample_writes_a_grid_and_single_files(folder, capsys, tmp_path):
         assert a.tobytes() == b.tobytes()
 
 
+def test_sample_attaches_methods_and_hands_them_their_pictures(folder, capsys, tmp_path):
+    options = ("--class-labels", 3, "--num-inference-steps", 4, "--batch-size", 1, "--each")
+    control = tmp_path / "control.png"
+    Image.new("RGB", (12, 8), "red").save(control)
+    code, out, err = run(capsys, "sample", folder, *options, tmp_path / "plain", "-o", tmp_path / "o.png")
+    assert code == 0, err
+    flags = ("--methods", "fora:interval=2+controlnet:blocks=1", "--inputs", f"control={control}")
+    code, out, err = run(capsys, "sample", folder, *options, tmp_path / "both", *flags, "-o", tmp_path / "o.png")
+    assert code == 0, err
+    assert "fora" in out
+    assert "controlnet" in out
+    record = read_record(next((tmp_path / "both").iterdir()))
+    assert list(record["inputs"]) == ["control"]
+    made = run(capsys, "sample", folder, "--remake", next((tmp_path / "both").iterdir()), *flags, "-o", tmp_path / "again.png")
+    assert made[0] == 0, made[2]
+    code, _, err = run(capsys, "sample", folder, "--remake", next((tmp_path / "both").iterdir()), "-o", tmp_path / "no.png")
+    assert code == 2
+    assert "was made with" in err
+
+
 def test_scale_zero_says_what_it_is(folder, capsys, tmp_path):
     """A02."""
     for flags, text in [
@@ -119,6 +139,11 @@ def test_scale_zero_says_what_it_is(folder, capsys, tmp_path):
         (("--solver", "dim"), "did you mean 'ddim'"),
         (("--device", "toaster"), "device is 'toaster'"),
         (("--zoom", -1), "zoom is -1"),
+        (("--methods", "fora:interval=0"), "interval"),
+        (("--methods", "fura"), "did you mean 'fora'"),
+        (("--methods", "compile", "--compile", "block"), "allowed: one of them"),
+        (("--inputs", "edges.png"), "NAME=FILE"),
+        (("--inputs", "control=edges.png"), "no method takes the input 'control'"),
     ],
 )
 def test_a_mistake_is_one_line_and_no_file(folder, capsys, tmp_path, flags, text):
