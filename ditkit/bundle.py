@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from ditkit.core import registry
 from ditkit.core.config import Config, read_data
 from ditkit.core.errors import ConfigError, DitkitError, WeightsError, nearest
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ditkit.codecs.base import Codec
+    from ditkit.core.backbone import Backbone
     from ditkit.core.files import Source
     from ditkit.core.method import Method
 
@@ -121,10 +123,15 @@ class MethodCard(Config):
     valid_for: Validity
 
 
+def backbone_config(part: Part, where: str = "") -> tuple[type[Backbone], Config]:
+    """The registered class of a backbone and its strict configuration."""
+    cls: Any = registry.get("backbones", part.name)
+    return cls, cls.config_class.parse(part.config, f"{where}: backbone {part.name}".lstrip(": "))
+
+
 def _complete(kind: str, part: Part) -> Part:
     """The part with the values it leaves to its defaults: an older file may not have them all."""
     from ditkit.diffusion.process import process_from
-    from ditkit.loading import backbone_config
 
     config = backbone_config(part)[1] if kind == "backbone" else process_from(part.name, part.config).config
     return part.model_copy(update={"config": config.to_dict()})

@@ -11,14 +11,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
-from ditkit.bundle import METHODS, MethodCard, Opened, Part, Validity, read_card
+from ditkit.bundle import METHODS, MethodCard, Opened, Part, Validity, backbone_config, read_card
 from ditkit.conditioning import TextEncoder, encoder_from
 from ditkit.core import registry
 from ditkit.core.backbone import Backbone
@@ -26,9 +26,6 @@ from ditkit.core.errors import ConfigError, Conflict, DitkitError, WeightsError
 from ditkit.core.files import Source, TensorFile, check_kind, check_shapes
 from ditkit.core.method import Method, check_conflicts, order
 from ditkit.core.view import projections, with_methods
-
-if TYPE_CHECKING:
-    from ditkit.core.config import Config
 
 REPLACED = "replaced."  # in a method's file: a projection as the method keeps it
 
@@ -107,12 +104,6 @@ def read_state(method: Method, label: str, file: TensorFile | None, where: str) 
         for name, value in state.items():
             check_kind(where, name, file.entries[name].dtype, value.dtype)
         method.load_state_dict({name: file.read(name) for name in found})
-
-
-def backbone_config(part: Part, where: str = "") -> tuple[type[Backbone], Config]:
-    """The registered class and its strict configuration."""
-    cls: Any = registry.get("backbones", part.name)
-    return cls, cls.config_class.parse(part.config, f"{where}: backbone {part.name}".lstrip(": "))
 
 
 def empty_model(part: Part, where: str = "", encoder: Part | None = None) -> Backbone:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import Tensor
+
+from .files import write_tensors
 
 
 def cache_dir(name: str) -> Path:
@@ -12,3 +17,12 @@ def cache_dir(name: str) -> Path:
         return Path(chosen) / name
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "ditkit" / name
+
+
+def keep(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors there. A cache that cannot be written costs time next time, nothing else."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, tensors)
+    except OSError:
+        pass

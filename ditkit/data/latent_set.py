@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,11 +28,19 @@ from .transforms import check_indices, mirrored, sample_seeds
 if TYPE_CHECKING:
     from ditkit.codecs.base import Codec
 
-    from .latents import CacheReport
-
 INDEX = "latents.json"
 CODEC = "codec"  # folder with the weights of a codec that was trained here; a VAE stays where it is
 PLAIN, MIRRORED = ("mean", "std"), ("mean_mirrored", "std_mirrored")
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What ``cache_latents`` did: samples in all, of which encoded now, and of which found in the folder."""
+
+    samples: int
+    encoded: int
+    reused: int
+    shards: int
 
 
 class Shard(Config):

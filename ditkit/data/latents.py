@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +25,7 @@ from ditkit.core.config import read_data
 from ditkit.core.errors import DitkitError, WeightsError
 from ditkit.core.files import TensorFile, remove_temporary, write_json, write_tensors
 
-from .latent_set import CODEC, INDEX, MIRRORED, PLAIN, Index, LatentSet, MappedTensors, Shard, sha256_of
+from .latent_set import CODEC, INDEX, MIRRORED, PLAIN, CacheReport, Index, LatentSet, MappedTensors, Shard, sha256_of
 from .pictures import Pictures
 
 if TYPE_CHECKING:
@@ -36,16 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["INDEX", "CacheReport", "LatentSet", "cache_latents"]
 log = logging.getLogger("ditkit.data")
-
-
-@dataclass(frozen=True)
-class CacheReport:
-    """What ``cache_latents`` did: samples in all, of which encoded now, and of which found in the folder."""
-
-    samples: int
-    encoded: int
-    reused: int
-    shards: int
 
 
 def cache_latents(

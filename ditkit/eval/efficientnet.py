@@ -15,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ditkit.core.cache import cache_dir
+from ditkit.core.cache import cache_dir, keep
 from ditkit.core.errors import DitkitError, WeightsError
 from ditkit.core.files import read_tensors
 from ditkit.core.lazy import require
 from ditkit.interop.checkpoints import read_checkpoint
 
-from .features import keep
 from .metrics import Array
 
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"  # of the weights: other ones are another extractor

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditkit.core.cache import cache_dir
+from ditkit.core.cache import cache_dir, keep
 from ditkit.core.errors import DitkitError, WeightsError, nearest
-from ditkit.core.files import read_tensors, write_tensors
+from ditkit.core.files import read_tensors
 from ditkit.core.lazy import require
 from ditkit.data import Dataset
 
@@ -177,15 +176,6 @@ def _content(what: str, *tensors: Tensor) -> str:
         digest.update(f"{tuple(u.shape)}".encode())
         digest.update(u.contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]
-
-
-def keep(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors that can be made again, if the cache can be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, tensors, {})
-    except OSError:
-        pass  # a cache that cannot be written costs time next time, nothing else
 
 
 def _classifier(x: Tensor, y: Tensor | None, num_classes: int) -> Extractor:

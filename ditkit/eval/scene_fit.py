@@ -11,16 +11,15 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditkit.core.cache import cache_dir
+from ditkit.core.cache import cache_dir, keep
 from ditkit.core.errors import WeightsError
-from ditkit.core.files import read_tensors, write_tensors
+from ditkit.core.files import read_tensors
 from ditkit.data.glyphs import GLYPHS
 from ditkit.data.scenes import BACKGROUNDS, COLORS, Scene, SceneConfig, render, sample_scene
 
@@ -91,7 +90,7 @@ def fitted(config: SceneConfig, size: int, num_pictures: int = FIT_PICTURES) -> 
         model.load_state_dict(read_tensors(path, model.state_dict()))
     except (WeightsError, OSError):
         _fit(model, config, size, num_pictures)
-        _keep(path, model)
+        keep(path, model.state_dict())
     return model.eval().requires_grad_(False)
 
 
@@ -106,14 +105,6 @@ def _key(config: SceneConfig, size: int, num_pictures: int) -> str:
     """Names the weights by all that decides them; the first number counts versions of this file."""
     decides = ["scene reader 1", config.to_dict(), size, num_pictures, BATCH, RATE, torch.__version__]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
-
-
-def _keep(path: Path, model: Detector) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, model.state_dict())
-    except OSError:
-        pass  # a cache that cannot be written costs the fit's time again, nothing else
 
 
 def _fit(model: Detector, config: SceneConfig, size: int, num_pictures: int) -> None:

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-from ditkit.bundle import BundleConfig, Opened, Part, find_bundle, open_bundle, write_bundle
+from ditkit.bundle import BundleConfig, Opened, Part, backbone_config, find_bundle, open_bundle, write_bundle
 from ditkit.codecs import codec_from, load_codec
 from ditkit.codecs.base import Codec
 from ditkit.core.errors import DitkitError, WeightsError
@@ -85,7 +85,7 @@ def _to_bundle(opened: Opened, out: Path, codec: Codec) -> None:
 
 
 def _backbone(opened: Opened) -> Any:
-    from ditkit.loading import backbone_config, learned_encoder
+    from ditkit.loading import learned_encoder
 
     if learned_encoder(opened.config.encoder) is not None:
         raise WeightsError(

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ditkit.bundle import Opened
+from ditkit.bundle import Opened, backbone_config
 from ditkit.core.config import Config, read_data
 from ditkit.core.errors import WeightsError
 from ditkit.core.files import TensorFile, fingerprint, write_json
@@ -137,8 +137,6 @@ def live_model(opened: Opened, weights: Mapping[str, Tensor]) -> Any:
     tables = family(opened.config.backbone.name)
     with quiet_imports():
         cls = getattr(require("diffusers", "dev"), tables.CLASS)
-    from ditkit.loading import backbone_config
-
     cfg: Any = backbone_config(opened.config.backbone)[1]
     model: nn.Module = cls(**{k: v for k, v in tables.config_to_diffusers(cfg).items() if not k.startswith("_")})
     shift: Any = getattr(cfg, "time_freq_shift", 0)

@@ -116,19 +116,16 @@ def _kind(block: torch.nn.Module) -> Any:
     return modules, tuple((name, shape) for name, shape, _ in tensors), masks
 
 
-def prune_pipeline(pipe: Pipeline, keep: Sequence[int] | None = None) -> Pipeline:
+def prune_pipeline(pipe: Pipeline, keep: Sequence[int]) -> Pipeline:
     """The pipeline of the shallower model, without methods: ``save_pretrained`` writes a bundle that needs nothing of this.
 
     Args:
-        keep: the blocks; None: those that the pipeline's TinyFusion decided on.
+        keep: the blocks; of a learned choice ``tinyfusion.find(pipe.model).decide().keep``.
 
     Raises:
-        DitkitError, Conflict: as ``shorten``; or neither ``keep`` nor a TinyFusion is given.
+        DitkitError, Conflict: as ``shorten``.
     """
-    from ditkit.methods.efficiency.tinyfusion import find
-
-    chosen = find(pipe.eager).decide().keep if keep is None else keep
-    model = shorten(base_of(pipe.eager), chosen)
+    model = shorten(base_of(pipe.eager), keep)
     backbone = {"name": model.name, "config": model.config.to_dict()}
     config = BundleConfig.parse({**pipe.config.to_dict(), "backbone": backbone, "methods": []})
     return type(pipe)(model, config, codec=pipe.codec, encoder=model.encoder or pipe.encoder)

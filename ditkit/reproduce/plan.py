@@ -13,11 +13,10 @@ from typing import Any
 import torch
 
 from ditkit import data
-from ditkit.bundle import Part, find_bundle, open_bundle
+from ditkit.bundle import Part, backbone_config, find_bundle, open_bundle
 from ditkit.conditioning import encoder_from
 from ditkit.diffusion.process import process_from
 from ditkit.eval.counters import count_forward, count_run
-from ditkit.loading import backbone_config
 from ditkit.train.build import fitted
 from ditkit.train.recipe import Recipe
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ditkit import data
-from ditkit.bundle import BundleConfig, DataCard, EncoderPart, MethodPart, Part
+from ditkit.bundle import BundleConfig, DataCard, EncoderPart, MethodPart, Part, backbone_config
 from ditkit.codecs import codec_from
 from ditkit.codecs.base import Codec
 from ditkit.conditioning import TextEncoder, encoder_from
@@ -21,7 +21,7 @@ from ditkit.core.view import with_methods
 from ditkit.data import Dataset
 from ditkit.data.encoded import Encoded
 from ditkit.diffusion.process import Process, process_from
-from ditkit.loading import backbone_config, load_model, make_method
+from ditkit.loading import load_model, make_method
 from ditkit.pipeline import open_model
 from ditkit.told import find_encoder
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from ditkit.bundle import backbone_config
 from ditkit.core.backbone import Backbone
 from ditkit.core.config import Config
 from ditkit.core.errors import ConfigError, nearest
-from ditkit.loading import backbone_config
 
 from .recipe import Part
 

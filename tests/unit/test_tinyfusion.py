@@ -277,7 +277,7 @@ def test_a_search_and_a_recovery_by_recipes(tmp_path: Path) -> None:
     pipe = ditkit.from_pretrained(found)
     method = find(pipe.eager)
     assert not torch.equal(method.gates[0], torch.full((2,), 0.02))
-    prune_pipeline(pipe).save_pretrained(pruned)
+    prune_pipeline(pipe, method.decide().keep).save_pretrained(pruned)
     small = ditkit.from_pretrained(pruned).eager
     assert small.config.depth == 3
     assert not small.methods

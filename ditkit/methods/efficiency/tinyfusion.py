@@ -27,6 +27,7 @@ from ditkit.core.errors import Conflict, DitkitError
 from ditkit.core.method import Method
 from ditkit.core.run import At, Run
 from ditkit.core.streams import Streams
+from ditkit.methods.pruning import base_of, shorten
 
 MAX_OPTIONS = 100_000
 
@@ -206,8 +207,6 @@ def prune(view: Backbone) -> Backbone:
         DitkitError: no TinyFusion is attached.
         Conflict: the base has methods of its own (int8), or the blocks cannot stand in other places.
     """
-    from ditkit.methods.pruning import base_of, shorten
-
     return shorten(base_of(view), find(view).decide().keep)
 
 
