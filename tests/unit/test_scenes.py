@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 import unicodedata
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -226,6 +227,17 @@ def test_objects_stay_inside_and_apart():
 
 
 # ---- pixels
+
+
+def test_places_are_multiples_all_of_them_taken_alike_and_change_nothing_else():
+    config = SceneConfig(sizes=(0.42,), max_rotation=0, places=8)
+    drawn = [sample_scene(0, i, "train", config).objects for i in range(2000)]
+    found = Counter(objects[0].position for objects in drawn if len(objects) == 1)
+    assert set(found) == {(x / 8, y / 8) for x in range(2, 7) for y in range(2, 7)}
+    assert max(found.values()) < 2.5 * min(found.values())
+    assert sample_scene(0, 7, "train", SceneConfig()) == sample_scene(0, 7, "train", SceneConfig(places=0))
+    asked = scene_from_caption("a red heart above a blue star", 3, config)
+    assert all(8 * v == int(8 * v) for o in asked.objects for v in o.position)
 
 
 def test_masks_are_the_difference_of_renders_with_and_without_the_object():
