@@ -236,7 +236,7 @@ def test_places_are_multiples_all_of_them_taken_alike_and_change_nothing_else():
     assert set(found) == {(x / 8, y / 8) for x in range(2, 7) for y in range(2, 7)}
     assert max(found.values()) < 2.5 * min(found.values())
     assert sample_scene(0, 7, "train", SceneConfig()) == sample_scene(0, 7, "train", SceneConfig(places=0))
-    asked = scene_from_caption("a red heart above a blue star", 3, config)
+    asked = scene_from_caption("a red heart above a blue cloud on a green background", 3, config)
     assert all(8 * v == int(8 * v) for o in asked.objects for v in o.position)
 
 
