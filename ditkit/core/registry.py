@@ -11,6 +11,7 @@ import ast
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -54,6 +55,17 @@ def register(kind: Kind, name: str) -> Callable[[T], T]:
 
 def entries(kind: Kind) -> dict[str, Entry]:
     """All registered parts of a kind, by name; nothing is imported."""
+    found = dict(_shipped(kind))
+    for point in entry_points(group=f"ditkit.{kind}"):
+        found[point.name] = Entry(kind, point.name, point.value.split(":")[0], f"from {point.value.split('.')[0]}")
+    for (k, name), cls in _classes.items():
+        if k == kind and name not in found:
+            found[name] = Entry(kind, name, cls.__module__, (cls.__doc__ or "").split("\n")[0])
+    return found
+
+
+@cache
+def _shipped(kind: Kind) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
     for folder in _FOLDERS[kind]:
         for file in sorted((_HOME / folder).glob("*.py")):
@@ -61,11 +73,6 @@ def entries(kind: Kind) -> dict[str, Entry]:
                 doc = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
                 module = ".".join(("ditkit", *folder.split("/"), file.stem))
                 found[file.stem] = Entry(kind, file.stem, module, doc.split("\n")[0])
-    for point in entry_points(group=f"ditkit.{kind}"):
-        found[point.name] = Entry(kind, point.name, point.value.split(":")[0], f"from {point.value.split('.')[0]}")
-    for (k, name), cls in _classes.items():
-        if k == kind and name not in found:
-            found[name] = Entry(kind, name, cls.__module__, (cls.__doc__ or "").split("\n")[0])
     return found
 
 
