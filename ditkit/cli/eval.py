@@ -112,7 +112,7 @@ def _sample(pipe: Pipeline, told: dict[str, Any], args: Args) -> Output:
         guidance_scale=args.guidance_scale,
         solver=args.solver,
         seed=args.seed,
-        batch_size=min(args.batch_size, len(told)),
+        batch_size=args.batch_size,
         progress=args.progress,
     )
 

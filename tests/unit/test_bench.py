@@ -343,6 +343,12 @@ def test_the_eval_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         eval_verb.main([*common, "--num-samples", "64"])
 
 
+def test_eval_samples_as_many_at_a_time_as_it_is_told() -> None:
+    for told, batches in (([3] * 7, 2), ([3, 4], 1)):
+        out = eval_verb._sample(pipeline(1), {"class_labels": told}, eval_verb.Args("-", batch_size=4, progress=False))
+        assert (out.x.shape[0], out.report["batches"]) == (len(told), batches)
+
+
 # ---- files and text
 
 
