@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from .files import write_tensors
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def cache_dir(name: str) -> Path:
@@ -21,6 +21,8 @@ def cache_dir(name: str) -> Path:
 
 def keep(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors there. A cache that cannot be written costs time next time, nothing else."""
+    from .files import write_tensors  # imports torch
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, tensors)
