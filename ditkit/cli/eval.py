@@ -71,9 +71,7 @@ def main(argv: Sequence[str]) -> int:
         raise DitkitError(f"out is {args.out}", allowed="a file that ends in .json")
     pipe = Pipeline.from_pretrained(args.folder, dtype=args.dtype, device=args.device)
     if args.methods:
-        spec = parse_spec(args.methods)
-        pipe = pipe.with_methods(*spec.build())
-        pipe = spec.compiled(pipe)
+        pipe = parse_spec(args.methods).applied(pipe)
     judge: Any
     judge, num = (_caption_judge if takes_text(pipe.model) else _judge)(pipe, args)
     told = judge.told(num)

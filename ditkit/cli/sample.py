@@ -103,7 +103,7 @@ def _accelerated(pipe: Pipeline, args: Args) -> Pipeline:
     if spec is not None:
         if spec.grain and args.compile:
             raise DitkitError(f"--compile {args.compile} and {spec.compilation!r} in --methods", allowed="one of them")
-        pipe = spec.compiled(pipe.with_methods(*spec.build()) if spec.methods else pipe)
+        pipe = spec.applied(pipe)
     return pipe if args.compile is None else pipe.compile(args.compile)
 
 

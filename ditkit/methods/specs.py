@@ -34,6 +34,10 @@ class Spec:
         """The pipeline compiled as the line asks, or as it is."""
         return pipe.compile(self.grain, engine=self.engine) if self.grain else pipe
 
+    def applied(self, pipe: Pipeline) -> Pipeline:
+        """The pipeline with the methods attached, and compiled as the line asks."""
+        return self.compiled(pipe.with_methods(*self.build()) if self.methods else pipe)
+
     def build(self) -> list[Method]:
         """New instances of the methods."""
         return [registry.get("methods", name)(**values) for name, values in self.methods]
