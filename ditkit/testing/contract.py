@@ -10,13 +10,10 @@ everything everywhere.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
-import os
 import threading
 import time
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -25,24 +22,35 @@ from torch import Tensor
 
 from ditkit.bundle import Part
 from ditkit.core import registry
-from ditkit.core.backbone import Backbone, count_graphs
+from ditkit.core.backbone import Backbone
 from ditkit.core.errors import Conflict, DitkitError
 from ditkit.core.method import Method
 from ditkit.core.run import Run
 from ditkit.core.view import with_methods
 from ditkit.loading import empty_model
 
-from .trajectory import STEPS, Counted, inputs_of, relative, sample, steps
+from .cases import (
+    BACKBONES,
+    CAPTURED,
+    MATRIX,
+    METHODS,
+    OFF,
+    PAIR_BACKBONES,
+    PAIRS,
+    VARIANTS,
+    by_default,
+    compiled_like_eager,
+    draw,
+    fresh,
+    label,
+    make,
+    of_base,
+    same_layers,
+    tiny,
+    view_of,
+)
+from .trajectory import STEPS, inputs_of, relative, sample, steps
 
-PAIR_BACKBONES = ("dit", "two_streams")
-CAPTURED = ("fora", "int8", "lora")  # a cache, a replaced layer, a layer beside
-ON_VARIANTS = {"fora", "lora"}  # one that keeps branches, one that adds to every projection: what other blocks could get wrong
-MATRIX = bool(os.environ.get("DITKIT_MATRIX"))
-LAYERS = ("plan", "feed", "reads", "fresh", "keys", "replace", "predict", "trunk", "block", "update", "branch", "attend", "linear", "mask")
-BACKBONES = sorted(registry.entries("backbones"))
-METHODS = [(name, i) for name in sorted(registry.entries("methods")) for i in range(len(registry.get("methods", name).tiny()))]  # type: ignore[attr-defined]
-OFF = [(name, i) for name in sorted(registry.entries("methods")) for i in range(len(registry.get("methods", name).off()))]  # type: ignore[attr-defined]
-PAIRS = [(a, b) for a, b in itertools.combinations(METHODS, 2) if a[0] != b[0] and a[1] == b[1] == 0]
 __all__ = [
     "TestBackbone",
     "TestMethod",
@@ -51,77 +59,6 @@ __all__ = [
     "TestTogether",
     "test_graphs_of_three_methods_that_differ_in_kind_are_as_computed",
 ]
-
-
-@lru_cache
-def tinies(backbone: str) -> dict[str, Backbone]:
-    cls: Any = registry.get("backbones", backbone)
-    return cls.tinies()
-
-
-def tiny(backbone: str) -> Backbone:
-    """``dit`` or, for another network that its config can choose, ``dit:adaln``."""
-    name, _, variant = backbone.partition(":")
-    return tinies(name)[variant]
-
-
-@lru_cache
-def of_base(backbone: str, scale: float = 1.0) -> Tensor:
-    """The end of the base's trajectory, computed once."""
-    return sample(tiny(backbone), scale=scale)
-
-
-VARIANTS = [f"{name}:{variant}" if variant else name for name in BACKBONES for variant in tinies(name)]
-
-
-def by_default(backbone: str, case: tuple[str, int]) -> bool:
-    """Whether a method's setting runs on a network unless everything does."""
-    if backbone in PAIR_BACKBONES:
-        return True
-    return case[1] == 0 and (backbone in BACKBONES or case[0] in ON_VARIANTS)
-
-
-def make(case: tuple[str, int]) -> Method:
-    """A fresh instance, its learned numbers drawn so that it does something."""
-    cls: Any = registry.get("methods", case[0])
-    return cls.tiny()[case[1]]
-
-
-def view_of(backbone: str, *cases: tuple[str, int]) -> Backbone:
-    """The tiny backbone with these methods. Skips what cannot meet: that a reason is given is a test of its own."""
-    try:
-        view = with_methods(tiny(backbone), *(make(c) for c in cases))
-    except Conflict as reason:
-        pytest.skip(str(reason))
-    return draw(view)
-
-
-@lru_cache(maxsize=64)
-def fresh(backbone: str, case: tuple[str, int], seed: int = 0, scale: float = 1.0) -> Tensor:
-    """The end of a trajectory through a view that has done nothing before, computed once."""
-    return sample(view_of(backbone, case), seed=seed, scale=scale)
-
-
-def draw(view: Backbone, std: float = 0.1) -> Backbone:
-    """Draw the parameters of the methods, by name, so that the order of attaching plays no part."""
-    for name, p in sorted(view.methods.named_parameters()):
-        if p.is_floating_point():
-            g = torch.Generator().manual_seed(sum(map(ord, name)))
-            p.data.copy_(torch.randn(p.shape, generator=g) * std)
-    return view
-
-
-def same_layers(name: str) -> str:
-    """An earlier method whose functions are the same ones, but for what its schedule says; or ""."""
-
-    def functions(method: str) -> list[Any]:
-        return [getattr(registry.get("methods", method), f, None) for f in LAYERS]
-
-    return next((other for other, _ in METHODS if other < name and functions(other) == functions(name)), "")
-
-
-def label(case: Any) -> str:
-    return f"{case[0]}-{case[1]}" if isinstance(case, tuple) and isinstance(case[0], str) else str(case)
 
 
 class Spy(Method):
@@ -248,17 +185,6 @@ class TestBackbone:
         x, t, cond = model.example()
         with pytest.raises(DitkitError, match="x is"):
             model(torch.cat([x, x], 1), t, **cond)
-
-
-def compiled_like_eager(view: Backbone, grain: str) -> None:
-    """Bit-equal to eager, as many graphs as the schedule says, none added by a second run or other inputs."""
-    torch._dynamo.reset()
-    counted = Counted(view, grain)
-    expected = count_graphs(counted.model, STEPS)
-    assert torch.equal(sample(counted.model), sample(view))
-    assert counted.graphs == expected
-    sample(counted.model, seed=1)
-    assert counted.graphs == expected
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -434,9 +360,3 @@ def test_graphs_of_three_methods_that_differ_in_kind_are_as_computed(backbone: s
         with contextlib.suppress(Conflict):
             view = with_methods(view, make((name, 0)))
     compiled_like_eager(draw(view), "block")
-
-
-def documented(cls: type) -> bool:
-    """A registered part says what it is, and each of its settings."""
-    config: Any = cls.config_class  # type: ignore[attr-defined]
-    return bool(inspect.getdoc(cls)) and all(f.description or f.annotation in (int, float) for f in config.model_fields.values())
