@@ -1,7 +1,9 @@
 """Rectified flow (2209.03003; flow matching, 2210.02747): a straight path from data to noise, and its velocity.
 
-x_t = (1 - t) x0 + t eps; the network says dx_t/dt = eps - x0. Training times are uniform, logit-normal or drawn by mode (SD3,
-2403.03206, section 3.1), and may be shifted towards noise, as may the steps of a sampler: t' = s t / (1 + (s - 1) t) (SD3, eq. 23).
+x_t = (1 - t) x0 + t eps; the network says dx_t/dt = eps - x0, or with ``prediction="x0"`` the data, which are turned into that velocity
+(2511.13720, table 1): among pixels data are simple and noise is not, and the network need not carry it through. Training times are
+uniform, logit-normal or drawn by mode (SD3, 2403.03206, section 3.1), and may be shifted towards noise, as may the steps of a sampler:
+t' = s t / (1 + (s - 1) t) (SD3, eq. 23).
 More pixels need more noise to hide as much: s may grow with the resolution, by a rule of SD3 or of FLUX.
 """
 
@@ -12,7 +14,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from ditkit.core.config import Config
@@ -47,6 +49,8 @@ class FlowConfig(Config):
         ((1024, 0.5), (16384, 1.15)), description="two areas, and mu at each; FLUX counts tokens, of four latent pixels each: 256 and 4096"
     )
     num_train_steps: int = Field(1000, ge=1, description="only for the spacing 'linspace', whose last step starts at 1 / num_train_steps")
+    prediction: Literal["velocity", "x0"] = Field("velocity", description="what the output channels are; the loss is of the velocity")
+    floor: float = Field(0.05, gt=0, le=1, description="of the t that the error of an x0 is divided by to be a velocity's")
     backward: bool = Field(False, description="the network's velocity points from noise to data: x0 - eps (Qihoo-T2X)")
     discard_half: bool = Field(False, description="the network has a second half of output channels that means nothing (SiT's learn_sigma)")
 
@@ -63,6 +67,12 @@ class FlowConfig(Config):
         if not 0 <= ends[0] < ends[1] <= 1:
             raise ValueError("two ascending times from 0 to 1 are needed")
         return ends
+
+    @model_validator(mode="after")
+    def _data_have_no_direction(self) -> FlowConfig:
+        if self.prediction == "x0" and self.backward:
+            raise ValueError("backward is the direction of a velocity, and prediction is 'x0'")
+        return self
 
 
 class Flow(Process):
@@ -129,17 +139,23 @@ class Flow(Process):
         return shift_time(t, self.config.shift)
 
     def predict(self, output: Tensor, x_t: Tensor, t: Time) -> Prediction:
-        v = self.velocity(output, x_t)
         t = as_time(t)
+        value, _ = self.split(output, x_t)
+        v = (x_t - value) / like(self.divisor(t), x_t) if self.config.prediction == "x0" else self.forward(value)
         return Prediction(x_t - like(t, x_t) * v, x_t + like(1 - t, x_t) * v, v)
 
     def loss(self, output: Tensor, x0: Tensor, eps: Tensor, t: Time) -> Losses:
-        mse = flat_mean((self.velocity(output, x0) - (eps - x0)) ** 2)
+        value, _ = self.split(output, x0)
+        error = (value - x0) / like(self.divisor(as_time(t)), x0) if self.config.prediction == "x0" else self.forward(value) - (eps - x0)
+        mse = flat_mean(error**2)
         return Losses(mse, {"mse": mse})
 
-    def velocity(self, output: Tensor, x: Tensor) -> Tensor:
-        """dx_t/dt of public time."""
-        v, _ = self.split(output, x)
+    def divisor(self, t: Tensor) -> Tensor:
+        """What an error of x0 is divided by to be one of the velocity: t, but no less than the floor."""
+        return t.clamp_min(self.config.floor)
+
+    def forward(self, v: Tensor) -> Tensor:
+        """The network's velocity -> dx_t/dt of public time."""
         return -v if (self.config.network_time == "sit") != self.config.backward else v
 
 

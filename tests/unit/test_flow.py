@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ditkit.core.errors import ConfigError, DitkitError
-from ditkit.diffusion.flow import Flow, shift_time
+from ditkit.diffusion.flow import Flow, FlowConfig, shift_time
 from ditkit.diffusion.solvers import SOLVERS
 
 
@@ -18,6 +18,25 @@ def test_the_path_and_its_velocity():
     p = flow.predict(eps - x0, x_t, 0.25)
     assert (float(p.x0), float(p.eps), float(p.velocity)) == (2, -1, -3)
     assert float(flow.loss(eps - x0, x0, eps, 0.25).loss) == 0
+
+
+def test_predicted_data_are_the_same_velocity_and_the_same_loss():
+    """2511.13720, table 1: x0 = x_t - t v, so an error e of x0 is one of e / t of v; below the floor of t as many as at the floor."""
+    g = torch.Generator().manual_seed(0)
+    x0, eps, wrong = (torch.randn(3, 2, 4, 4, generator=g) for _ in range(3))
+    of_data, of_velocity = Flow(prediction="x0", floor=0.1), Flow()
+    t = torch.tensor([1.0, 0.4, 0.1])
+    x_t = of_data.add_noise(x0, eps, t)
+    found, same = of_data.predict(wrong, x_t, t), of_velocity.predict((x_t - wrong) / t.view(3, 1, 1, 1), x_t, t)
+    for a, b in ((found.velocity, same.velocity), (found.eps, same.eps), (found.x0, wrong)):
+        assert torch.allclose(a, b, atol=1e-5)
+    expected = of_velocity.loss(found.velocity, x0, eps, t).loss
+    assert torch.allclose(of_data.loss(wrong, x0, eps, t).loss, expected, rtol=1e-5)
+    low = torch.full((3,), 0.01)
+    assert torch.allclose(of_data.loss(wrong, x0, eps, low).loss, (wrong - x0).square().flatten(1).mean(1) / 0.01)
+    assert of_data.predict(wrong, x_t, 0.0).velocity.isfinite().all()
+    with pytest.raises(ConfigError, match="backward is the direction"):
+        FlowConfig.parse({"prediction": "x0", "backward": True})
 
 
 def test_a_silent_network_on_unit_data_has_loss_two():
