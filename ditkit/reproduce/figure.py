@@ -21,6 +21,7 @@ AXES = {
     "accuracy": "class accuracy",
     "drift": "mean squared difference from the reference",
 }
+UNITS = {"frechet": "distance"}
 ABREAST = 4  # panels in a row
 
 
@@ -110,7 +111,6 @@ def _pareto(panel: Pareto, found: Reproduction, axes: Any) -> None:
     axes.plot([c for c, _ in best], [v for _, v in best], color=COLOURS[0], linewidth=1, drawstyle="steps-post", label="front")
     for cost, value, label in points:
         axes.plot(cost, value, "o", color=COLOURS[0] if (cost, value) in best else PALE, markersize=5)
-        axes.annotate(label, (cost, value), textcoords="offset points", xytext=(4, 4), fontsize=6, color=INK)
     if panel.metric == "frechet":
         axes.axhline(found.real["frechet"], color=PALE, linestyle="--", linewidth=1, label=f"real ({found.real['num_samples']})")
     if min(value for _, value, _ in points) > 0:
@@ -119,7 +119,28 @@ def _pareto(panel: Pareto, found: Reproduction, axes: Any) -> None:
     axes.margins(x=0.15, y=0.1)
     axes.set_xlabel(unit)
     axes.set_ylabel(AXES[panel.metric])
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, 1.1), ncols=2)
+    _names(points, axes)
+
+
+def _names(points: Sequence[tuple[float, float, str]], axes: Any) -> None:
+    """Each point's name beside it, where it covers no point and no other name."""
+    places = [axes.transAxes.inverted().transform(axes.transData.transform(p[:2])) for p in points]
+    taken = [(x - 0.008, y - 0.012, x + 0.008, y + 0.012) for x, y in places]
+    for (x, y), (*point, label) in sorted(zip(places, points), key=lambda p: -p[0][1]):
+        width, height = 0.0115 * len(label), 0.034  # of 6 points, as shares of the panel
+        offsets = [(side, step * height) for step in (0.6, -0.6, 1.6, -1.6, 2.6, -2.6, 3.6, -3.6) for side in (0.012, -0.012 - width)]
+        boxes = [(x + dx, y + dy - height / 2, x + dx + width, y + dy + height / 2) for dx, dy in offsets]
+        free = [b for b in boxes if b[0] > -0.02 and b[2] < 1.1 and not any(_meet(b, other) for other in taken)]
+        box = (free or boxes)[0]
+        taken.append(box)
+        middle = (box[1] + box[3]) / 2
+        line = {"arrowstyle": "-", "color": PALE, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2} if abs(middle - y) > height else None
+        axes.annotate(label, point, (box[0], middle), textcoords="axes fraction", va="center", fontsize=6, color=INK, arrowprops=line)
+
+
+def _meet(a: Sequence[float], b: Sequence[float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -187,17 +208,10 @@ def _effects(panel: PairedResult, found: Reproduction, axes: Any) -> None:
     axes.grid(visible=False)
     if panel.margin:
         axes.axvline(-panel.margin * scale, color=COLOURS[1], linestyle=":", linewidth=1.2, label="margin")
-    unit = (
-        "%"
-        if panel.relative
-        else "points"
-        if panel.metric in SHARES
-        else "distance"
-        if panel.metric == "frechet"
-        else panel.metric
-        if panel.metric == "frechet"
-        else "mean square"
-    )
+    near = max(abs(v) * scale for e in panel.effects for v in (e.low, e.high, panel.smallest_effect))
+    if max(abs(v) * scale for e in effects for v in (e.low, e.high)) > 20 * near:  # else what is judged would be one line
+        axes.set_xscale("symlog", linthresh=near)
+    unit = "%" if panel.relative else "points" if panel.metric in SHARES else UNITS.get(panel.metric, "mean square")
     axes.set_xlabel(f"better by ({unit}); bar: 95 % bounds, ticks: seeds")
     axes.set_title(f"{panel.name}: {panel.verdict}", fontsize=9)
     axes.legend(frameon=False, fontsize=7, loc="best")

@@ -226,18 +226,20 @@ def test_objects_stay_inside_and_apart():
         assert shown.boxes.max() <= 64
 
 
-# ---- pixels
-
-
-def test_places_are_multiples_all_of_them_taken_alike_and_change_nothing_else():
+def test_places_are_middles_of_cells_all_of_them_taken_alike_and_change_nothing_else():
     config = SceneConfig(sizes=(0.42,), max_rotation=0, places=8)
     drawn = [sample_scene(0, i, "train", config).objects for i in range(2000)]
     found = Counter(objects[0].position for objects in drawn if len(objects) == 1)
-    assert set(found) == {(x / 8, y / 8) for x in range(2, 7) for y in range(2, 7)}
+    assert set(found) == {(x / 16, y / 16) for x in range(5, 12, 2) for y in range(5, 12, 2)}
     assert max(found.values()) < 2.5 * min(found.values())
     assert sample_scene(0, 7, "train", SceneConfig()) == sample_scene(0, 7, "train", SceneConfig(places=0))
-    asked = scene_from_caption("a red heart above a blue cloud on a green background", 3, config)
-    assert all(8 * v == int(8 * v) for o in asked.objects for v in o.position)
+    quarters = SceneConfig(sizes=(0.42,), max_rotation=0, places=2)
+    asked = scene_from_caption("a red heart above a blue cloud on a green background", 3, quarters)
+    assert [o.position[1] for o in asked.objects] == [0.25, 0.75]
+    assert {o.position[0] for o in asked.objects} < {0.25, 0.75}
+
+
+# ---- pixels
 
 
 def test_masks_are_the_difference_of_renders_with_and_without_the_object():
