@@ -125,6 +125,7 @@ def _pareto(panel: Pareto, found: Reproduction, axes: Any) -> None:
 
 def _names(points: Sequence[tuple[float, float, str]], axes: Any) -> None:
     """Each point's name beside it, where it covers no point and no other name."""
+    axes.autoscale_view()  # else the transformations are those of an empty panel
     places = [axes.transAxes.inverted().transform(axes.transData.transform(p[:2])) for p in points]
     taken = [(x - 0.008, y - 0.012, x + 0.008, y + 0.012) for x, y in places]
     for (x, y), (*point, label) in sorted(zip(places, points), key=lambda p: -p[0][1]):
