@@ -109,7 +109,7 @@ def _pareto(panel: Pareto, found: Reproduction, axes: Any) -> None:
         points.append((float(cost or 0) * scale, sum(values) / len(values), rows[arm].label))
     best = front([(cost, value) for cost, value, _ in points])
     axes.plot([c for c, _ in best], [v for _, v in best], color=COLOURS[0], linewidth=1, drawstyle="steps-post", label="front")
-    for cost, value, label in points:
+    for cost, value, _ in points:
         axes.plot(cost, value, "o", color=COLOURS[0] if (cost, value) in best else PALE, markersize=5)
     if panel.metric == "frechet":
         axes.axhline(found.real["frechet"], color=PALE, linestyle="--", linewidth=1, label=f"real ({found.real['num_samples']})")
@@ -120,10 +120,10 @@ def _pareto(panel: Pareto, found: Reproduction, axes: Any) -> None:
     axes.set_xlabel(unit)
     axes.set_ylabel(AXES[panel.metric])
     axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, 1.1), ncols=2)
-    _names(points, axes)
+    name_points(points, axes)
 
 
-def _names(points: Sequence[tuple[float, float, str]], axes: Any) -> None:
+def name_points(points: Sequence[tuple[float, float, str]], axes: Any) -> None:
     """Each point's name beside it, where it covers no point and no other name."""
     axes.autoscale_view()  # else the transformations are those of an empty panel
     places = [axes.transAxes.inverted().transform(axes.transData.transform(p[:2])) for p in points]

@@ -3,6 +3,7 @@ experiment of an accelerator with tiny numbers, from its own file to its verdict
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
 from ditkit.cli import main as cli
 from ditkit.core.config import read_data
 from ditkit.core.errors import ConfigError
 from ditkit.reproduce.costs import run_checks
-from ditkit.reproduce.figure import front
+from ditkit.reproduce.figure import front, name_points
 from ditkit.reproduce.measures import Measured
 from ditkit.reproduce.plan import forwards, plan
 from ditkit.reproduce.protocol import Arm, CostCheck, Paired, Protocol, load_protocol, merged, protocols
@@ -172,6 +174,21 @@ def test_a_baseline_without_error_is_no_division_by_zero() -> None:
 
 def test_the_front_is_what_nothing_beats_in_both() -> None:
     assert front([(3, 1), (1, 3), (2, 2), (2.5, 2.5), (2, 4), (4, 1)]) == [(1, 3), (2, 2), (3, 1)]
+
+
+def test_names_of_points_cover_no_point_and_no_other_name() -> None:
+    figure = Figure(figsize=(5.4, 4.4))
+    axes = figure.subplots()
+    points = [(100.0, 150.0, "FORA N = 2"), (99.0, 139.0, "full attention, 13 steps"), (101.0, 150.0, "the same"), (55.0, 153.0, "first")]
+    for cost, value, _ in points:
+        axes.plot(cost, value, "o", markersize=5)
+    axes.margins(x=0.15, y=0.1)
+    name_points(points, axes)
+    figure.draw_without_rendering()
+    boxes = [t.get_window_extent() for t in axes.texts]
+    assert [t.get_text() for t in sorted(axes.texts, key=lambda t: t.get_text())] == sorted(p[2] for p in points)
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert not any(box.contains(*axes.transData.transform(p[:2])) for box in boxes for p in points)
 
 
 def test_a_saving_is_counted_and_timed() -> None:
