@@ -12,7 +12,7 @@ import torch
 
 from ditkit import data
 from ditkit.bundle import BundleConfig, DataCard, EncoderPart, MethodPart, Part, backbone_config
-from ditkit.codecs import codec_from
+from ditkit.codecs import load_codec
 from ditkit.codecs.base import Codec
 from ditkit.conditioning import TextEncoder, encoder_from
 from ditkit.core.backbone import Backbone
@@ -26,6 +26,7 @@ from ditkit.pipeline import open_model
 from ditkit.told import find_encoder
 
 from .captioned import Captioned, check_told, examples
+from .codecs import codec_of
 from .objectives import Objective, objective_from
 from .recipe import Recipe, recipes
 from .starts import started
@@ -56,13 +57,17 @@ class Parts:
     encoder: TextEncoder | None = None
 
 
-def build(recipe: Recipe, device: torch.device) -> Parts:
+def build(recipe: Recipe, device: torch.device, folder: Path | None = None, progress: bool = False) -> Parts:
     """Everything that the recipe names. Initial weights are a function of its seed.
+
+    Args:
+        folder: of the run; a codec that is trained first is kept beside its checkpoints, and found again.
+        progress: a live line on stderr while it is trained.
 
     Raises:
         DitkitError: a name, a key or a value does not exist or does not fit, or nothing is trainable.
     """
-    train, test = _data(recipe, device)
+    train, test = _data(recipe, device, folder, progress)
     codec: Codec | None = train.codec() if hasattr(train, "codec") else None
     origin = _base(recipe, train, device) if recipe.base is not None else _new(recipe, train, device)
     model, process, encoder, base_hash = origin.model, origin.process, origin.encoder, origin.hash
@@ -104,14 +109,18 @@ def caption_card(card: DataCard, data: Dataset) -> DataCard:
     return card.model_copy(update={"labels": (), "captions": examples(data, EXAMPLES)})
 
 
-def _data(recipe: Recipe, device: torch.device) -> tuple[Dataset, Dataset | None]:
-    """Samples to train on, and held-out ones; encoded where the recipe names a codec."""
+def _data(recipe: Recipe, device: torch.device, folder: Path | None, progress: bool) -> tuple[Dataset, Dataset | None]:
+    """Samples to train on, and held-out ones; encoded where the recipe names a codec, or its base has one."""
     train, test = data.load(recipe.data.name, "train", **recipe.data.config), _test(recipe)
     if recipe.data.codec is None:
-        return train, test
-    if hasattr(train, "codec"):
+        opened = None if recipe.base is None else open_model(_existing(recipe.base))
+        if opened is None or opened.codec is None or hasattr(train, "codec"):
+            return train, test
+        codec = load_codec(opened.codec).to(device)  # the base was trained on its latents
+    elif hasattr(train, "codec"):
         raise ConfigError(f"{recipe.data.name} holds latents, and data.codec is given", allowed="pictures", hint="leave data.codec out")
-    codec = codec_from(recipe.data.codec.name, recipe.data.codec.config).to(device)
+    else:
+        codec = codec_of(recipe, train, device, folder, progress)
     return Encoded(train, codec), None if test is None else Encoded(test, codec)
 
 

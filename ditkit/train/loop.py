@@ -78,7 +78,7 @@ def train(recipe: Recipe, out_folder: str | Path, resume: bool = True, progress:
         if not resume and world.first:
             set_aside(folder)
         world.wait()
-        run = Training(recipe, folder, world)
+        run = Training(recipe, folder, world, progress)
         resumed_from = run.restore()
         with Log(folder, run.step, recipe.trainer.steps, quiet=not progress, silent=not world.first) as run.log, stop_signals() as stop:
             run.begin(resumed_from)
@@ -95,11 +95,11 @@ class Training:
 
     log: Log
 
-    def __init__(self, recipe: Recipe, folder: Path, world: World) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, world: World, progress: bool = False) -> None:
         self.recipe, self.folder, self.world, self.cfg = recipe, folder, world, recipe.trainer
         if world.size > 1 and self.cfg.compile != "off":
             raise ConfigError(f"trainer.compile is {self.cfg.compile!r} with {world.size} processes", allowed="off")
-        self.parts: Parts = build(recipe, world.device)
+        self.parts = self._built(progress and world.first)
         self.objective, self.model = self.parts.objective, self._trained(self.parts.model).train()
         self.parts = replace(self.parts, model=self.model)  # nobody else may keep whole parameters alive
         self.dtype = torch.bfloat16 if _wants_bfloat16(self.cfg.dtype, world.device) else torch.float32
@@ -120,6 +120,16 @@ class Training:
         self.batches = Batches(self.parts.train, self.objective.draws, **options)
         test = self.parts.test
         self._held_out = None if test is None else Batches(test, self.objective.draws, purpose="validation", **options)
+
+    def _built(self, progress: bool) -> Parts:
+        """What the recipe names. Where a codec is trained first, one process does that, and the others read it."""
+        learns = self.recipe.data.codec is not None and self.recipe.data.codec.fit is not None
+        if learns and not self.world.first:
+            self.world.wait()
+        parts = build(self.recipe, self.world.device, self.folder, progress)
+        if learns and self.world.first:
+            self.world.wait()
+        return parts
 
     # ---- the main line ----
 

@@ -32,12 +32,28 @@ _ELSEWHERE = {  # what other trainers call it
 }
 
 
+class CodecFit(Config):
+    """How a codec that learns is trained, before the network."""
+
+    steps: int = Field(1000, ge=1, description="updates, with pictures of the training split")
+    batch_size: int = Field(64, ge=1, description="pictures of an update")
+    learning_rate: float = Field(2e-3, gt=0)
+
+
+class CodecRecipe(Part):
+    """The codec that pictures are encoded with."""
+
+    fit: CodecFit | None = Field(None, description="train it first, on the same pictures (kl); absent: it has its weights, or needs none")
+
+
 class DataRecipe(Config):
     """What is learned from."""
 
     name: str = Field("digits", description="embedded data set, or the path of your own")
     config: dict[str, Any] = Field({}, description="options of that loader")
-    codec: Part | None = Field(None, description="encodes the pictures as they are drawn, where no latents were cached; absent: none")
+    codec: CodecRecipe | None = Field(
+        None, description="encodes the pictures as they are drawn, where no latents were cached; absent: none"
+    )
 
 
 class TrainerRecipe(Config):

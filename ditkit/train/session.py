@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ditkit.bundle import CONFIG, METHODS, MODEL
+from ditkit.bundle import CODEC, CONFIG, METHODS, MODEL
 from ditkit.core.files import MANIFEST, remove_temporary
 
 from .checkpoint import RECIPE
 from .logs import BOARD, LOG
 
 CHECKPOINTS, SAMPLES = "checkpoints", "samples"
-_OURS = (CHECKPOINTS, SAMPLES, BOARD, LOG, RECIPE, CONFIG, MODEL, METHODS, MANIFEST)
+_OURS = (CHECKPOINTS, SAMPLES, BOARD, LOG, RECIPE, CONFIG, MODEL, METHODS, MANIFEST, CODEC)
 
 
 @contextmanager
@@ -57,4 +57,5 @@ def clear_half_bundle(folder: Path) -> None:
     if not (folder / MANIFEST).is_file():
         for name in (CONFIG, MODEL):
             (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / METHODS, ignore_errors=True)
+        for name in (METHODS, CODEC):
+            shutil.rmtree(folder / name, ignore_errors=True)
