@@ -43,8 +43,16 @@ def codec_of(recipe: Recipe, pictures: Pictures, device: torch.device, folder: P
         if keys := differences(read_data(kept / MADE_FOR), made_for):
             raise ConfigError(f"the codec in {folder} was trained with another {', '.join(keys)}", hint="another --out, or --no-resume")
         return load_codec(kept / CODEC).to(device)
-    how = {"num_steps": part.fit.steps, "batch_size": part.fit.batch_size, "learning_rate": part.fit.learning_rate}
-    fit(codec, pictures, **how, seed=recipe.trainer.seed, progress=progress)
+    how = part.fit
+    fit(
+        codec,
+        pictures,
+        num_steps=how.steps,
+        batch_size=how.batch_size,
+        learning_rate=how.learning_rate,
+        seed=recipe.trainer.seed,
+        progress=progress,
+    )
     if kept is not None:
         kept.mkdir(parents=True, exist_ok=True)
         save_codec(codec, kept / CODEC)
