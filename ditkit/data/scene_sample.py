@@ -150,11 +150,12 @@ def _try_place(draws: Draws, pairs: list[Pair], config: SceneConfig) -> tuple[Sc
         size = draws.choice(config.sizes)
         rotation = 5 * (draws.below(2 * (config.max_rotation // 5) + 1) - config.max_rotation // 5)
         half = reach(size, rotation)
-        low, high = math.ceil(half * config.places - 0.5 - 1e-9), math.floor((1 - half) * config.places - 0.5 + 1e-9)  # cells of a centre
-        if half > 0.5 or low > high:
+        n = config.places
+        low, high = math.ceil(half * n - 0.5 - 1e-9), math.floor((1 - half) * n - 0.5 + 1e-9)  # the first cell of a centre, and the last
+        if half > 0.5 or (n and low > high):
             return ()
-        if config.places:
-            x, y = ((low + draws.below(high - low + 1) + 0.5) / config.places for _ in "xy")
+        if n:
+            x, y = ((low + draws.below(high - low + 1) + 0.5) / n for _ in "xy")
         else:
             x, y = draws.uniform(half, 1 - half), draws.uniform(half, 1 - half)
         if any(_hidden_share((x, y), half, (ox, oy), other) > config.overlap for ox, oy, other, _, _ in spots):
