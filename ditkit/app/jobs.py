@@ -18,6 +18,7 @@ class Job:
 
     def __init__(self) -> None:
         self.stop = threading.Event()
+        self.ended: str | None = None  # the last thing that the page is told of it, once it is over
         self._said: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def say(self, event: Any) -> None:

@@ -88,7 +88,7 @@ class Page:
         gr.on([self.blocks.load, self.bundle.input], self.choose, self.bundle, chosen, **one)
         self.examples.click(lambda row: row[0], self.examples, self.prompt, queue=False, **quiet)
         gr.on([self.generate.click, self.prompt.submit], self.wait, None, shown, queue=False, **quiet).then(self.run, wish, shown, **one)
-        self.stop.click(self.halt, None, self.status, queue=False, **quiet)
+        self.stop.click(self.halt, None, self.status, queue=False, **quiet).then(self.halted, None, self.status, queue=False, **quiet)
         self.blocks.unload(self.leave)
 
     # what the controls do
@@ -138,16 +138,22 @@ class Page:
                 yield [cards.status(new.doing, new.part), pictures, *_buttons(busy=True)]
                 state = new
         except Stopped:
-            yield [cards.message("Stopped."), gr.skip(), *_buttons(busy=False)]
+            job.ended = cards.message("Stopped.")
         except Exception as error:
-            yield [self._failure(error), gr.skip(), *_buttons(busy=False)]
+            job.ended = self._failure(error)
         else:
-            yield ["", gr.skip(), *_buttons(busy=False)]
+            job.ended = ""
+        yield [job.ended, gr.skip(), *_buttons(busy=False)]
 
     def halt(self, request: Request) -> str:
         """Stop at the end of the solver step under way."""
         self._stop(request)
         return cards.status("Stopping after this step")
+
+    def halted(self, request: Request) -> Any:
+        """Once ``halt`` is shown: where the work had ended before, its last word again, which ``halt`` has covered."""
+        job = self.jobs.get(str(request.session_hash))
+        return gr.skip() if job is None or job.ended is None else job.ended
 
     def leave(self, request: Request) -> None:
         """The tab was closed: nobody waits for the pictures."""
