@@ -7,6 +7,7 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -125,6 +126,19 @@ def test_a_narrow_page_does_not_scroll_sideways(page):
 
 
 # the server, without a browser
+
+
+def test_stop_that_is_answered_late_does_not_hide_how_the_work_ended():
+    gr = pytest.importorskip("gradio")
+    from ditkit.app.jobs import Job
+    from ditkit.app.page import Page
+
+    job = Job()
+    page, request = SimpleNamespace(jobs={"tab": job}), SimpleNamespace(session_hash="tab")
+    assert Page.halted(page, request) == gr.skip()  # its last word is still to come
+    job.ended = "Stopped."
+    assert Page.halted(page, request) == "Stopped."
+    assert Page.halted(SimpleNamespace(jobs={}), request) == gr.skip()
 
 
 def test_every_answer_forbids_other_origins(url):
