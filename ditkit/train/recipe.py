@@ -51,9 +51,7 @@ class DataRecipe(Config):
 
     name: str = Field("digits", description="embedded data set, or the path of your own")
     config: dict[str, Any] = Field({}, description="options of that loader")
-    codec: CodecRecipe | None = Field(
-        None, description="encodes the pictures as they are drawn, where no latents were cached; absent: none"
-    )
+    codec: CodecRecipe | None = Field(None, description="encodes the pictures as they are drawn; absent: the base's, or none")
 
 
 class TrainerRecipe(Config):
