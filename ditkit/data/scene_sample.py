@@ -161,6 +161,9 @@ def _try_place(draws: Draws, pairs: list[Pair], config: SceneConfig) -> tuple[Sc
         if any(_hidden_share((x, y), half, (ox, oy), other) > config.overlap for ox, oy, other, _, _ in spots):
             return ()
         spots.append((x, y, half, size, rotation))
+    if config.centred:
+        dx, dy = (0.5 - (min(s[i] - s[2] for s in spots) + max(s[i] + s[2] for s in spots)) / 2 for i in (0, 1))
+        spots = [(x + dx, y + dy, *rest) for x, y, *rest in spots]
     depths = draws.shuffled(range(len(pairs)))
     return tuple(
         _object(draws, pair, config, (x, y), size, rotation, depth) for pair, (x, y, _, size, rotation), depth in zip(pairs, spots, depths)

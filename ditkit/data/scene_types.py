@@ -135,6 +135,7 @@ class SceneConfig(Config):
     sizes: tuple[float, ...] = Field((0.3, 0.36, 0.42), min_length=1, description="sizes of objects")
     max_rotation: int = Field(15, ge=0, le=180, description="largest rotation either way, degrees, drawn in steps of 5")
     places: int = Field(0, ge=0, le=64, description="centres are the middles of places x places equal cells; 0: anywhere")
+    centred: bool = Field(False, description="the objects are moved together until the box around them has its middle in the picture's")
     overlap: float = Field(0.0, ge=0, le=1, description="largest share of an object's square that a nearer square may hide")
     num_frames: int = Field(1, ge=1, description="frames during which every object stays inside the picture")
     speed: float = Field(0.0, ge=0, le=1, description="largest change of x and of y a frame")

@@ -17,6 +17,7 @@ from ditkit import data
 from ditkit.core.errors import ConfigError, DitkitError
 from ditkit.data import glyphs, scenes
 from ditkit.data.scene_random import Draws
+from ditkit.data.scene_text import RELATIONS
 from ditkit.data.scene_types import _lab, reach, tones
 from ditkit.data.scenes import (
     COLORS,
@@ -237,6 +238,29 @@ def test_places_are_middles_of_cells_all_of_them_taken_alike_and_change_nothing_
     asked = scene_from_caption("a red heart above a blue cloud on a green background", 3, quarters)
     assert [o.position[1] for o in asked.objects] == [0.25, 0.75]
     assert {o.position[0] for o in asked.objects} < {0.25, 0.75}
+
+
+def test_centred_objects_keep_their_distance_and_stay_inside_and_the_caption_still_holds():
+    free = SceneConfig(sizes=(0.2, 0.36, 0.42), num_objects=(1, 2))
+    for i in range(200):
+        drawn, moved = sample_scene(4, i, "train", free), sample_scene(4, i, "train", free.model_copy(update={"centred": True}))
+        assert caption(drawn) == caption(moved)
+        for axis in (0, 1):
+            low, high = (f(o.position[axis] + s * o.reach for o in moved.objects) for f, s in ((min, -1), (max, 1)))
+            assert low + high == pytest.approx(1)
+            assert low >= -1e-9
+            steps = {round(m.position[axis] - o.position[axis], 9) for o, m in zip(drawn.objects, moved.objects)}
+            assert len(steps) == 1
+
+
+def test_centred_quarters_leave_one_picture_a_caption():
+    config = SceneConfig(sizes=(0.42,), max_rotation=0, places=2, centred=True, textures=("plain",), styles=("sans",))
+    seen = {}
+    for i in range(500):
+        scene = sample_scene(0, i, "train", config)
+        relation = next((r for r in RELATIONS if f" {r} " in caption(scene)), "one")
+        seen.setdefault(relation, set()).add(tuple(o.position for o in scene.objects))
+    assert {relation: len(found) for relation, found in seen.items()} == dict.fromkeys(("one", *RELATIONS), 1)
 
 
 # ---- pixels
