@@ -71,7 +71,7 @@ def test_what_a_caption_says_is_what_is_drawn(trained: Path) -> None:
 
 
 def test_the_loss_falls_on_scenes(tmp_path: Path) -> None:
-    """The recipe of the package, with a small network that says a velocity. At the start that is zero: the loss is the mean of (noise - x)^2."""
+    """The recipe of the package, with a small network of a velocity. At the start that is zero: the loss is the mean of (noise - x)^2."""
     small = {"backbone": PIXART, "encoder": BYTES, "data": SCENES, "process": {"name": "flow"}}
     values = {**load_recipe("scenes").to_dict(), **small, "trainer": recipe(steps=12).trainer.to_dict()}
     train(Recipe.parse(values), tmp_path, progress=False)
