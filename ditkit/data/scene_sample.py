@@ -163,7 +163,7 @@ def _try_place(draws: Draws, pairs: list[Pair], config: SceneConfig) -> tuple[Sc
         spots.append((x, y, half, size, rotation))
     if config.centred:
         dx, dy = (0.5 - (min(s[i] - s[2] for s in spots) + max(s[i] + s[2] for s in spots)) / 2 for i in (0, 1))
-        spots = [(x + dx, y + dy, *rest) for x, y, *rest in spots]
+        spots = [(x + dx, y + dy, half, size, rotation) for x, y, half, size, rotation in spots]
     depths = draws.shuffled(range(len(pairs)))
     return tuple(
         _object(draws, pair, config, (x, y), size, rotation, depth) for pair, (x, y, _, size, rotation), depth in zip(pairs, spots, depths)
