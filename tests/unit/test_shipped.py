@@ -33,7 +33,7 @@ def test_scenes_are_drawn_as_told(held_out_only: bool) -> None:
     data = load("scenes", "test", **{**pipe.config.data.config, "length": 48, "held_out_only": held_out_only})
     rows = np.arange(48)
     x = pipe(prompt=list(data.captions(rows)), num_inference_steps=4, progress=False).x
-    assert (nearest(x, data.batch(rows)["x"]) == torch.arange(48)).float().mean() > 0.9
+    assert (nearest(x, data.batch(rows)["x"]) == torch.arange(48)).float().mean() > 0.85
 
 
 def test_emoji_are_recalled() -> None:
