@@ -32,7 +32,7 @@ TINY = {  # claims of a tiny run, and the bases that it trains
     "pixart-sigma": (("at-the-swap", "quality"), 3),
     "lumina-t2x": (("shown", "repeated"), 1),
     "qihoo-t2x": (("global",), 2),
-    "families": (("relation",), 2),
+    "families": (("object",), 2),
 }
 ENCODER = {"name": "bytes", "config": {"dim": 16, "depth": 1, "num_heads": 2, "byte_dim": 4, "max_length": 20}}
 
