@@ -83,13 +83,13 @@ def reading_side(size: int) -> int:
     return STEM * min(size // STEM, MOST_STEM)
 
 
-def fitted(config: SceneConfig, size: int, num_pictures: int = FIT_PICTURES) -> Detector:
+def fitted(config: SceneConfig, size: int, num_pictures: int = FIT_PICTURES, progress: bool = True) -> Detector:
     """A detector for pictures of ``size`` pixels of that world, fitted with a fixed seed or taken from the cache."""
     model, path = _new(config, size), cache_dir("scene-readers") / f"{_key(config, size, num_pictures)}.safetensors"
     try:
         model.load_state_dict(read_tensors(path, model.state_dict()))
     except (WeightsError, OSError):
-        _fit(model, config, size, num_pictures)
+        _fit(model, config, size, num_pictures, progress)
         keep(path, model.state_dict())
     return model.eval().requires_grad_(False)
 
@@ -107,7 +107,7 @@ def _key(config: SceneConfig, size: int, num_pictures: int) -> str:
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
 
 
-def _fit(model: Detector, config: SceneConfig, size: int, num_pictures: int) -> None:
+def _fit(model: Detector, config: SceneConfig, size: int, num_pictures: int, progress: bool) -> None:
     from tqdm import trange
 
     steps = max(1, num_pictures // BATCH)
@@ -116,7 +116,7 @@ def _fit(model: Detector, config: SceneConfig, size: int, num_pictures: int) -> 
     chance = torch.Generator().manual_seed(0)
     world = _widened(config)
     with torch.enable_grad():
-        for step in trange(steps, desc="scene reader", leave=False, delay=2, mininterval=1):
+        for step in trange(steps, desc="scene reader", leave=False, delay=2, mininterval=1, disable=not progress):
             scenes = [_training_scene(world, step * BATCH + i) for i in range(BATCH)]
             seen = model(spoiled(at_reading_side(pictures(scenes, size)), chance))
             optimiser.zero_grad()

@@ -51,7 +51,7 @@ class SceneReader:
         self.config, self.size, self.detector = config, size, detector
 
     @classmethod
-    def load(cls, config: SceneConfig = SYMBOLS, size: int = 32, *, num_pictures: int = FIT_PICTURES) -> SceneReader:
+    def load(cls, config: SceneConfig = SYMBOLS, size: int = 32, *, num_pictures: int = FIT_PICTURES, progress: bool = True) -> SceneReader:
         """The reader of a world, fitted to ``num_pictures`` renders, or taken from the cache where that was done before.
 
         Raises:
@@ -61,7 +61,7 @@ class SceneReader:
             raise DitkitError(f"size is {size}", allowed=f"{STEM} pixels or more")
         if num_pictures < 1:
             raise DitkitError(f"num_pictures is {num_pictures}", allowed=f"1 or more; {FIT_PICTURES} is the default")
-        return cls(config, size, fitted(config, size, num_pictures))
+        return cls(config, size, fitted(config, size, num_pictures, progress))
 
     @torch.no_grad()
     def read(self, x: Tensor) -> list[Reading]:

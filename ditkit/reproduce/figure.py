@@ -21,7 +21,7 @@ AXES = {
     "accuracy": "class accuracy",
     "drift": "mean squared difference from the reference",
 }
-UNITS = {"frechet": "distance"}
+UNITS = {"frechet": "distance", "extra": "things a picture"}
 ABREAST = 4  # panels in a row
 
 

@@ -34,15 +34,16 @@ MISSING = -1.0
 class Captions:
     """The test split of ``scenes``, its captions, and the reader of its world; in the place of ``measures.Real``."""
 
-    def __init__(self, protocol: Protocol) -> None:
+    def __init__(self, protocol: Protocol, progress: bool = True) -> None:
         num = max(protocol.num_samples, protocol.held_out, protocol.timed)
         self.data: Any = load(protocol.data, "test", **{**protocol.data_config, "length": num})
         self.world = {**protocol.data_config, **(protocol.reader or {})}
+        self.progress = progress
 
     @cached_property
     def reader(self) -> SceneReader:
         """Fitted in a minute or two the first time, then from the cache."""
-        return SceneReader.load(world_to_read(self.world), self.data.shape[-1])
+        return SceneReader.load(world_to_read(self.world), self.data.shape[-1], progress=self.progress)
 
     def asks(self, num: int) -> dict[str, Any]:
         """What a pipeline is asked for."""

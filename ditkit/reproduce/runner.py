@@ -65,7 +65,7 @@ def reproduce(
     stem = Path(name).stem + ("-full" if part == "full" else "")
     out.mkdir(parents=True, exist_ok=True)
     before, start = other_work(), time.perf_counter()
-    real = Real(protocol.data, protocol.data_config) if protocol.reader is None else Captions(protocol)
+    real = Real(protocol.data, protocol.data_config) if protocol.reader is None else Captions(protocol, progress)
     kept = out / f"{stem}-measured"
     bases, training = train_bases(protocol, BaseStore(store), progress)
     arms = with_steps(protocol, bases, real, kept, progress)

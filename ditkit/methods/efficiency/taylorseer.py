@@ -5,13 +5,14 @@ With F the output before its gate, kept at the last full steps, and u the steps 
     D^0 = F,   D^(i+1) = (D^i now - D^i at the full step before) / (steps between them),   F(u) = sum_i D^i u^i / i!
 
 Order 0 is FORA. Written from the paper's equations; the full steps are FORA's (s = T-1 or s mod N = 0), preceded by
-``warmup`` full steps, as differences need at least two.
+``warmup`` full steps, as differences need at least two. With ``of="network"`` F is the output of the whole network, so that a step
+between costs nothing but the solver; this is not in the paper (its authors' "lite" mode forecasts the last block's output).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ditkit.core import registry
 from ditkit.core.config import Config
+from ditkit.core.errors import DitkitError
 from ditkit.core.method import Method
 from ditkit.core.run import At, Run
 from ditkit.core.seams import Site
@@ -30,11 +32,15 @@ class TaylorSeerConfig(Config):
     interval: int = Field(3, ge=1, description="compute every N-th step; 1 computes always")
     order: int = Field(1, ge=0, le=4, description="highest difference used; 0 reuses (FORA)")
     warmup: int = Field(2, ge=1, description="full steps at the start")
+    of: Literal["branches", "network"] = Field(
+        "branches", description="what is extrapolated: each branch, as in the paper; or the network's output, without a call of it"
+    )
 
 
 @registry.register("methods", "taylorseer")
 class TaylorSeer(Method):
-    """Mode: "first" (nothing kept yet), "full" (compute, renew the differences) or "guess" (extrapolate)."""
+    """Mode: "first" (nothing kept yet), "full" (compute, renew the differences) or "guess" (extrapolate). Of the network: none, blocks
+    that are called are called as they are."""
 
     config_class = TaylorSeerConfig
     owns = frozenset({"reuse"})
@@ -45,7 +51,9 @@ class TaylorSeer(Method):
         """Whether everything is computed at this step."""
         return step < self.config.warmup or (num_steps - 1 - step) % self.config.interval == 0
 
-    def plan(self, at: At) -> str:
+    def plan(self, at: At) -> str | None:
+        if self.config.of == "network":
+            return None
         if at.first:
             return "first"
         return "full" if at.fresh or self.full(at.step, at.num_steps) else "guess"
@@ -63,7 +71,33 @@ class TaylorSeer(Method):
         if at.mode == "full":
             past.append(at.step)
             return {"u": torch.tensor(u), "w": torch.tensor([float(i < known) for i in range(self.config.order)])}
-        return {"w": torch.tensor([u**i / math.factorial(i) * (i < known) for i in range(self.config.order + 1)])}
+        return {"w": torch.tensor(self.series(u, known))}
+
+    def series(self, u: float, known: int) -> list[float]:
+        """The weights of D^0 to D^order, u steps after the last of ``known`` full ones."""
+        return [u**i / math.factorial(i) * (i < known) for i in range(self.config.order + 1)]
+
+    def predict(self, nxt: Any, x: Tensor, run: Run) -> Tensor:
+        if self.config.of != "network":
+            return nxt(x)
+        kept, key = run.slots_of(self, 0), (run.guidance_pass, run.evaluation)
+        past = run.memory[self.label].setdefault(key, [])
+        if run.first:
+            past.clear()
+        if past and not self.full(run.step, run.num_steps):
+            if len(x) != len(kept["d0"]):
+                raise DitkitError(
+                    f"{self.label} kept outputs for a batch of {len(kept['d0'])}, this one has {len(x)}", hint="start a new Run"
+                )
+            return sum(w * kept[f"d{i}"] for i, w in enumerate(self.series(float(run.step - past[-1]), len(past))) if w)  # type: ignore[return-value]
+        out: Tensor = nxt(x)
+        d = out.detach()
+        for i in range(min(len(past), self.config.order) + 1):
+            before, kept[f"d{i}"] = kept.get(f"d{i}"), d
+            if i < len(past) and before is not None:
+                d = (d - before) / (run.step - past[-1])
+        past.append(run.step)
+        return out
 
     def branch(self, nxt: Any, h: dict[str, Tensor], site: Site) -> dict[str, Tensor]:
         orders = range(self.config.order + 1)
@@ -90,8 +124,8 @@ class TaylorSeer(Method):
 
     @classmethod
     def tiny(cls) -> list[Method]:
-        return [cls(interval=3), cls(interval=2, order=2)]
+        return [cls(interval=3), cls(interval=2, order=2, of="network")]
 
     @classmethod
     def off(cls) -> list[Method]:
-        return [cls(interval=1)]
+        return [cls(interval=1), cls(interval=1, of="network")]
