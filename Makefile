@@ -14,7 +14,7 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/ditkit demo --out runs/demo
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
@@ -23,7 +23,7 @@ lint: $(VENV)/.dev
 
 # every pair of methods on every backbone (minutes)
 matrix: $(VENV)/.dev
-	DITKIT_MATRIX=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal tests/contract
+	PYTHONDONTWRITEBYTECODE= DITKIT_MATRIX=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal tests/contract
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"ditkit needs Python 3.11 or newer, this is {v.major}.{v.minor}: make PYTHON=python3.12 ...")'
