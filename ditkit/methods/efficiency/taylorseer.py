@@ -93,9 +93,8 @@ class TaylorSeer(Method):
         out: Tensor = nxt(x)
         d = out.detach()
         for i in range(min(len(past), self.config.order) + 1):
-            before, kept[f"d{i}"] = kept.get(f"d{i}"), d
-            if i < len(past) and before is not None:
-                d = (d - before) / (run.step - past[-1])
+            difference = (d - kept[f"d{i}"]) / (run.step - past[-1]) if i < len(past) else d
+            kept[f"d{i}"], d = d, difference
         past.append(run.step)
         return out
 
