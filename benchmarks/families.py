@@ -27,7 +27,7 @@ from ditkit.core.files import atomic_file, write_json
 from ditkit.core.view import compile_view, with_methods
 from ditkit.diffusion import noise
 from ditkit.eval.bench import Candidate, run_bench
-from ditkit.eval.counters import count_forward
+from ditkit.eval.counters import count
 from ditkit.eval.roof import products_alone
 from ditkit.eval.table import table
 from ditkit.interop.families import family
@@ -72,7 +72,7 @@ def rows(label: str, tiny: bool, backend: str) -> list[Candidate]:
     arranged = getattr(tables, "live_call", lambda model, x, t, call: model(x, timestep=t, **call).sample)
     with torch.no_grad():
         prepared = ours.prepare(**cond)
-        cost = count_forward(ours, BATCH)
+    cost = count(lambda: ours(x, t, prepared), ours)
     compiled = torch.compile(theirs, dynamic=False, backend=backend)
     views = {
         "ours, eager": (ours, 1e-5),

@@ -101,7 +101,7 @@ class SingleBlock(nn.Module):
         return {"attn": (names, names)}
 
     def projections(self) -> dict[str, nn.Module]:
-        """What the seam ``linear`` is called with: name -> module. Each is called once a stream."""
+        """What the seam ``linear`` is called with: name -> module. ``fc1`` and ``fc2`` are called once, with the tokens of all streams."""
         return {"both.ada": self.ada, "both.fc1": self.fc1, "both.fc2": self.fc2}
 
     def forward(self, s: Streams, seam: Seam, kv: Streams | None = None) -> Streams:
@@ -112,16 +112,20 @@ class SingleBlock(nn.Module):
         source = {n: (kv or {}).get(n, s[n]) for n in names}
 
         def branch(h: dict[str, Tensor]) -> dict[str, Tensor]:
-            q, k, v, m = {}, {}, {}, {}
-            for n in names:
-                if source[n] is s[n]:
-                    q[n], k[n], v[n], m[n] = self.into(h[n], s[n], linear)
-                else:
-                    other = modulate(source[n].x, mod[n][0], mod[n][1])
-                    q[n], k[n], v[n], m[n] = self.across(h[n], s[n], other, source[n], linear)
-            layouts = {n: s[n].layout for n in names}
-            o = seam.attend(Attn("attn", q, k, v, layouts, {n: source[n].layout for n in names}), s)
-            return {n: self.out(o[n], m[n], linear) for n in names}
+            own = torch.cat([h[n] for n in names], 1)
+            if all(source[n] is s[n] for n in names):
+                other = own
+            else:
+                other = torch.cat([h[n] if source[n] is s[n] else modulate(source[n].x, mod[n][0], mod[n][1]) for n in names], 1)
+            packed_q, packed_k, packed_v, m = self.into(own, other, linear)
+            rows, columns = ([d[n].x.shape[1] for n in names] for d in (s, source))
+            q = {n: apply_rope(u, s[n].rope) for n, u in zip(names, packed_q.split(rows, 2))}
+            k = {n: apply_rope(u, source[n].rope) for n, u in zip(names, packed_k.split(columns, 2))}
+            v = dict(zip(names, packed_v.split(columns, 2)))
+            o = seam.attend(Attn("attn", q, k, v, {n: s[n].layout for n in names}, {n: source[n].layout for n in names}), s)
+            attended = torch.cat([o[n].transpose(1, 2) for n in names], 1).flatten(2)
+            y = linear("fc2", self.fc2, torch.cat([attended, F.gelu(m, approximate="tanh")], -1))
+            return dict(zip(names, y.split(rows, 1)))
 
         h = {n: modulate(s[n].x, mod[n][0], mod[n][1]) for n in names}
         return finite_half(seam.residual("attn", branch, h, {n: mod[n][2] for n in names}, s), names)
@@ -134,23 +138,17 @@ class SingleBlock(nn.Module):
             mod[n] = mod[twin] if twin else linear("ada", self.ada, F.silu(s[n].c)).chunk(3, -1)  # type: ignore[arg-type]
         return mod
 
-    def into(self, h: Tensor, st: Stream, linear: Linear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """h (B, N, D) -> q, k, v (B, H, N, d), q and k turned by the stream's rope, and the MLP's hidden units (B, N, hidden)."""
-        qkv, m = linear("fc1", self.fc1, h).split(self.widths, -1)
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return apply_rope(self.q_norm(q), st.rope), apply_rope(self.k_norm(k), st.rope), v, m
-
-    def across(self, h: Tensor, st: Stream, other: Tensor, source: Stream, linear: Linear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The same, with keys and values of ``other`` (B, M, D), the tokens of ``source``."""
+    def into(self, h: Tensor, other: Tensor, linear: Linear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """h (B, N, D), other (B, M, D) -> q of h, k and v of ``other``, each (B, H, N | M, d), and the MLP's hidden units (B, N, hidden)."""
         dim = h.shape[-1]
-        q = linear("fc1", self.fc1, h, slice(0, dim)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        m = linear("fc1", self.fc1, h, slice(3 * dim, None))
-        k, v = linear("fc1", self.fc1, other, slice(dim, 3 * dim)).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return apply_rope(self.q_norm(q), st.rope), apply_rope(self.k_norm(k), source.rope), v, m
-
-    def out(self, o: Tensor, m: Tensor, linear: Linear) -> Tensor:
-        """Attention (B, H, N, d) and hidden units (B, N, hidden) -> (B, N, D)."""
-        return linear("fc2", self.fc2, torch.cat([o.transpose(1, 2).flatten(2), F.gelu(m, approximate="tanh")], -1))
+        if other is h:
+            qkv, m = linear("fc1", self.fc1, h).split(self.widths, -1)
+            q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        else:
+            q = linear("fc1", self.fc1, h, slice(0, dim)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            m = linear("fc1", self.fc1, h, slice(3 * dim, None))
+            k, v = linear("fc1", self.fc1, other, slice(dim, 3 * dim)).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.q_norm(q), self.k_norm(k), v, m
 
 
 def finite_half(s: Streams, names: tuple[str, ...] | list[str]) -> Streams:

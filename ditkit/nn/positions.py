@@ -201,7 +201,7 @@ def apply_rope(q: Tensor, rope: tuple[Tensor, Tensor] | None, pairing: Pairing =
     else:
         parts = x.split(widths, -1) if pairing == "halves by axis" else (x,)
         turned = torch.cat([u for part in parts for u in _turn(part)], -1)
-    return (x * cos + turned * sin).to(q.dtype)
+    return torch.addcmul(x * cos, turned, sin).to(q.dtype)
 
 
 def _turn(x: Tensor) -> tuple[Tensor, Tensor]:
