@@ -71,6 +71,7 @@ class Pipeline:
         self.config, self.source, self.valid_for = config, source, dict(valid_for or {})
         self.process: Process = process_from(config.process.name, config.process.config)
         self._graphs: dict[int, int] = {}  # number of steps -> graphs of the compiled model
+        self._sizes: set[tuple[int, int]] = set()  # unlike the training data's, of which the user was told
         self.guidance = Guidance.parse(config.sampling.guidance, "sampling.guidance")
         self.codec = codec if codec is not None else _codec(config)
         self.encoder: TextEncoder | None = encoder or find_encoder(model, config)
@@ -287,7 +288,8 @@ class Pipeline:
                 low = side // multiple * multiple
                 near = f"{low} or {low + multiple}" if low else f"{multiple}"
                 raise DitkitError(f"{name} is {side}", allowed=f"multiples of {multiple}", hint=f"use {near}")
-        if (height, width) != tuple(trained):
+        if (height, width) != tuple(trained) and (height, width) not in self._sizes:
+            self._sizes.add((height, width))
             log.warning("the model was trained on %s x %s; it is asked for %s x %s", *trained, height, width)
         return (height, width), self.codec.latent_shape((self.codec.in_channels, height, width))
 

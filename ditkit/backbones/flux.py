@@ -117,7 +117,7 @@ class SingleBlock(nn.Module):
                 other = own
             else:
                 other = torch.cat([h[n] if source[n] is s[n] else modulate(source[n].x, mod[n][0], mod[n][1]) for n in names], 1)
-            packed_q, packed_k, packed_v, m = self.into(own, other, linear)
+            packed_q, packed_k, packed_v, m = self.into(own, other, seam)
             rows, columns = ([d[n].x.shape[1] for n in names] for d in (s, source))
             q = {n: apply_rope(u, s[n].rope) for n, u in zip(names, packed_q.split(rows, 2))}
             k = {n: apply_rope(u, source[n].rope) for n, u in zip(names, packed_k.split(columns, 2))}
@@ -138,11 +138,11 @@ class SingleBlock(nn.Module):
             mod[n] = mod[twin] if twin else linear("ada", self.ada, F.silu(s[n].c)).chunk(3, -1)  # type: ignore[arg-type]
         return mod
 
-    def into(self, h: Tensor, other: Tensor, linear: Linear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """h (B, N, D), other (B, M, D) -> q of h, k and v of ``other``, each (B, H, N | M, d), and the MLP's hidden units (B, N, hidden)."""
-        dim = h.shape[-1]
+    def into(self, h: Tensor, other: Tensor, seam: Seam) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """h (B, N, D), other (B, M, D) -> q of h, k and v of ``other``, all (B, H, N | M, d), and the MLP's hidden units (B, N, hidden)."""
+        dim, linear = h.shape[-1], on(seam, "both")
         if other is h:
-            qkv, m = linear("fc1", self.fc1, h).split(self.widths, -1)
+            qkv, m = seam.pieces("both.fc1", self.fc1, h, self.widths)
             q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         else:
             q = linear("fc1", self.fc1, h, slice(0, dim)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

@@ -9,8 +9,10 @@ defines functions named after the seams it wants, ``(self, nxt, value, site)``, 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -136,6 +138,15 @@ class Seam:
         else:
             y = module(x)
         return y if part is None else y[..., part]
+
+    def pieces(self, name: str, module: nn.Module, x: Tensor, widths: Sequence[int]) -> tuple[Tensor, ...]:
+        """``linear``, its outputs in pieces of these widths.
+
+        Sampling on a CPU computes each by itself: one wide output is slower there, as its memory is given back and faulted in each time.
+        """
+        if self._linear or type(module) is not nn.Linear or x.device.type != "cpu" or torch.is_grad_enabled():
+            return self.linear(name, module, x).split(widths, -1)
+        return tuple(self.linear(name, module, x, slice(end - width, end)) for width, end in zip(widths, accumulate(widths)))
 
     def tap(self, name: str, value: Tensor) -> None:
         """Let ``value`` leave the block; it is returned with the forward, never stored on a module."""

@@ -184,9 +184,12 @@ def rows_of(
 ) -> tuple[Row, ...]:
     """One row an arm and seed."""
     costs = {}
-    for name in dict.fromkeys(arms[a].stands_on for a in measured):
-        model = Pipeline.from_pretrained(bases[name, protocol.seeds[0]].folder, dtype="float32", device="cpu").model
-        costs[name] = count_forward(model, 1).macs, parameters(model)
+    for name, size in dict.fromkeys((arms[a].stands_on, arms[a].size) for a in measured):
+        pipe = Pipeline.from_pretrained(bases[name, protocol.seeds[0]].folder, dtype="float32", device="cpu")
+        x, t, cond = pipe.model.example(1)
+        if size:
+            x = x.new_zeros(1, x.shape[1], *pipe.codec.latent_shape((pipe.codec.in_channels, size, size))[1:])
+        costs[name, size] = count_forward(pipe.model, inputs=(x, t, cond)).macs, parameters(pipe.model)
     rows = []
     for name, values in measured.items():
         arm = arms[name]
@@ -203,8 +206,8 @@ def rows_of(
                     measure=arm.measure,
                     num_inference_steps=arm.num_inference_steps,
                     evaluations=arm.num_inference_steps * passes or 1,
-                    macs=costs[arm.stands_on][0],
-                    parameters=costs[arm.stands_on][1],
+                    macs=costs[arm.stands_on, arm.size][0],
+                    parameters=costs[arm.stands_on, arm.size][1],
                     trained_seconds=base.seconds,
                     metrics=one.metrics(),
                     methods=arm.methods,
