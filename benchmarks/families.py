@@ -1,6 +1,6 @@
 """Each text-to-image family on a CPU against diffusers: same weights, one evaluation of batch 2, rows of a family timed in turn.
 
-    python benchmarks/families.py --repeats 9                  # all, about 25 minutes on two cores; writes JSON and a table
+    python benchmarks/families.py --repeats 9                  # all, about 16 minutes on two cores; writes JSON and a table
     python benchmarks/families.py --families pixart flux
     python benchmarks/families.py --tiny                       # small networks, captured and not compiled
 
@@ -100,7 +100,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    command = "python benchmarks/families.py" + (" --tiny" if args.tiny else f" --repeats {args.repeats}")
+    command = " ".join(["python benchmarks/families.py", *(["--families", *args.families] if args.families else [])])
+    command += " --tiny" if args.tiny else f" --repeats {args.repeats}"
     backend = "eager" if args.tiny else "inductor"
     results: dict[str, Any] = {}
     texts: list[str] = []
