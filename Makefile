@@ -7,14 +7,19 @@ TORCH_INDEX ?=
 TORCH := $(shell grep -E '^torch==' constraints.txt)
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 WORKERS ?= 2
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test lint matrix clean
+.PHONY: demo test slow lint matrix clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/ditkit demo --out runs/demo
 
 test: $(VENV)/.dev
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
+	$(PYTEST) -m "not slow"
+
+# the tests of whole programs, which `make test` leaves out
+slow: $(VENV)/.dev
+	$(PYTEST) -m slow
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
@@ -23,7 +28,7 @@ lint: $(VENV)/.dev
 
 # every pair of methods on every backbone (minutes)
 matrix: $(VENV)/.dev
-	PYTHONDONTWRITEBYTECODE= DITKIT_MATRIX=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal tests/contract
+	DITKIT_MATRIX=1 $(PYTEST) tests/contract
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"ditkit needs Python 3.11 or newer, this is {v.major}.{v.minor}: make PYTHON=python3.12 ...")'

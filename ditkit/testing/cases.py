@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
@@ -30,7 +30,7 @@ OFF = [(name, i) for name in sorted(registry.entries("methods")) for i in range(
 PAIRS = [(a, b) for a, b in itertools.combinations(METHODS, 2) if a[0] != b[0] and a[1] == b[1] == 0]
 
 
-@lru_cache
+@cache
 def tinies(backbone: str) -> dict[str, Backbone]:
     cls: Any = registry.get("backbones", backbone)
     return cls.tinies()
@@ -42,10 +42,10 @@ def tiny(backbone: str) -> Backbone:
     return tinies(name)[variant]
 
 
-@lru_cache
-def of_base(backbone: str, scale: float = 1.0) -> Tensor:
+@cache
+def of_base(backbone: str, scale: float = 1.0, num_steps: int = STEPS) -> Tensor:
     """The end of the base's trajectory, computed once."""
-    return sample(tiny(backbone), scale=scale)
+    return sample(tiny(backbone), scale=scale, num_steps=num_steps)
 
 
 VARIANTS = [f"{name}:{variant}" if variant else name for name in BACKBONES for variant in tinies(name)]
@@ -73,7 +73,7 @@ def view_of(backbone: str, *cases: tuple[str, int]) -> Backbone:
     return draw(view)
 
 
-@lru_cache(maxsize=64)
+@cache
 def fresh(backbone: str, case: tuple[str, int], seed: int = 0, scale: float = 1.0) -> Tensor:
     """The end of a trajectory through a view that has done nothing before, computed once."""
     return sample(view_of(backbone, case), seed=seed, scale=scale)

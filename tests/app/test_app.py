@@ -13,6 +13,8 @@ import pytest
 
 from ditkit.core.errors import DitkitError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def url(labelled, captioned):

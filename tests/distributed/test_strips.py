@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.timeout(120)
 def test_four_processes_equal_one(tmp_path: Path) -> None:

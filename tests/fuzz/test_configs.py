@@ -21,6 +21,8 @@ from ditkit.testing.training import tiny_recipe
 from ditkit.train.build import build
 from ditkit.train.recipe import load_recipe
 
+pytestmark = pytest.mark.slow
+
 HUGE = [10**9, 10**18, 10**30]
 
 

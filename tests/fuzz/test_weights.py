@@ -16,6 +16,8 @@ from refusal import Kept, Verdict, load, seal, write_ours, write_theirs
 from ditkit.core.files import read_tensors, write_tensors
 from ditkit.eval.bench import peak_memory
 
+pytestmark = pytest.mark.slow
+
 INTEGERS = {"F32": ("I32", "U32"), "F16": ("I16", "U16")}
 NOT_FINITE = [struct.pack("<f", v) for v in (float("nan"), float("inf"), float("-inf"))] + [b"\x01\x00\x80\x7f", b"\xff\xff\xff\xff"]
 

@@ -17,6 +17,8 @@ from ditkit.core.files import verify_manifest
 from ditkit.testing import processes
 from ditkit.testing.training import comparable, run_in_child, tiny_recipe
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get("DITKIT_KILLS", "5"))
 A_RUN = 5  # kills of one run
 RECIPE = tiny_recipe(steps=12, save_every=2, sample_every=4, validate_every=3, log_every=3).to_dict()

@@ -17,6 +17,8 @@ from ditkit.testing.training import comparable, rows_in_child, run_in_child, tin
 from ditkit.train import Recipe, train
 from ditkit.train.logs import read_log
 
+pytestmark = pytest.mark.slow
+
 TRAINER = {"steps": 6, "save_every": 2, "validate_every": 3, "sample_every": 6, "learning_rate": 1e-3, "grad_clip": 0.5}
 
 

@@ -13,7 +13,10 @@ import torch
 from ditkit.core.errors import DitkitError
 from ditkit.eval.roof import machine
 
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, while it captures
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]  # torch's own, while it captures
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 

@@ -15,6 +15,8 @@ from ditkit.methods.efficiency.fora import FORA
 from ditkit.methods.efficiency.int8 import Int8
 from ditkit.methods.specs import parse_spec
 
+pytestmark = pytest.mark.slow
+
 
 def tiny():
     return draw_parameters(DiT(dim=16, depth=2, num_heads=2, input_size=(8, 8), patch_size=4, in_channels=2, out_channels=2)).eval()

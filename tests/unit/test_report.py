@@ -353,6 +353,7 @@ def test_the_history_is_read_from_the_log(tmp_path: Path) -> None:
     assert found.seconds == pytest.approx(10 * 128 / 128 + 10 * 128 / 640)
 
 
+@pytest.mark.slow
 def test_the_demo_from_recipe_to_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trains three steps, samples, accelerates, reports; a second demo takes the trained model as it is."""
     monkeypatch.setenv("DITKIT_CACHE", str(tmp_path / "cache"))

@@ -216,6 +216,7 @@ def tiny(name: str, claims: tuple[str, ...]) -> dict[str, Any]:
     return values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tiny_run_comes_to_verdicts(name: str, tmp_path: Path, small_reader: None) -> None:
     claims, trained = TINY[name]

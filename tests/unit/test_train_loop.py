@@ -233,6 +233,7 @@ assert signal.getsignal(signal.SIGTERM) is before
 """
 
 
+@pytest.mark.slow
 def test_sigterm_writes_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path, plain: Path) -> None:
     """In a process of its own: a signal that is not caught ends the one it is sent to."""
     done = subprocess.run([sys.executable, "-c", STRUCK, str(tmp_path / "run")], capture_output=True, text=True, timeout=50)
