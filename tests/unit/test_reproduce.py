@@ -336,6 +336,7 @@ def tiny(trained: Path) -> Path:
     return trained
 
 
+@pytest.mark.slow
 def test_every_seed_has_bases_of_its_own(trained: Path) -> None:
     notes = [json.loads(path.read_text()) for path in (trained / "bases").glob("*/base.json")]
     found = {(n["recipe"]["trainer"]["seed"], n["recipe"]["trainer"]["steps"]) for n in notes}
@@ -343,6 +344,7 @@ def test_every_seed_has_bases_of_its_own(trained: Path) -> None:
     assert len({n["hash"] for n in notes}) == 6
 
 
+@pytest.mark.slow
 def test_a_tiny_experiment_end_to_end(tiny: Path) -> None:
     found = json.loads((tiny / "out" / "tiny.json").read_text())
     assert found["part"] == "default"
@@ -359,6 +361,7 @@ def test_a_tiny_experiment_end_to_end(tiny: Path) -> None:
     assert (tiny / "out" / "tiny.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_again_from_the_command_line_nothing_changes(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = json.loads((tiny / "out" / "tiny.json").read_text())
     code = cli.main(["reproduce", str(tiny / "tiny.yaml"), "--out", str(tiny / "out"), "--bases", str(tiny / "bases"), "--no-progress"])

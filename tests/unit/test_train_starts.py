@@ -17,6 +17,7 @@ from ditkit.testing.training import comparable
 from ditkit.train import Recipe, load_recipe, train
 from ditkit.train.build import build
 
+pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 STAGES = (
     "alpha-1-pixels",
