@@ -75,6 +75,17 @@ def test_a_single_block_is_one_sequence_of_both_streams(tiny):
     assert relative(torch.cat([two["text"].x, two["img"].x], 1), one) <= 1e-6
 
 
+def test_pieces_are_those_of_one_product():
+    torch.manual_seed(0)
+    module, x = torch.nn.Linear(8, 14), torch.randn(2, 3, 8)
+    whole = module(x).split((6, 8), -1)
+    learning = Seam().pieces("both.fc1", module, x, (6, 8))
+    with torch.no_grad():
+        sampling = Seam().pieces("both.fc1", module, x, (6, 8))
+    assert all(torch.equal(a, b) and a.requires_grad for a, b in zip(learning, whole))
+    assert all(relative(a, b.detach()) <= 1e-6 and a.is_contiguous() for a, b in zip(sampling, whole))
+
+
 @torch.no_grad()
 def test_text_has_no_order_and_padding_is_never_seen(tiny):
     x, t, cond = tiny.example()
