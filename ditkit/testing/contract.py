@@ -2,9 +2,8 @@
 
 By default each method's first setting runs on every backbone, and all its settings, and pairs, on the two of ``PAIR_BACKBONES``. Graphs are
 captured of every backbone alone and with the methods of ``CAPTURED`` together; of each method and of the pairs of ``CAPTURED`` on the last
-of the two, which has all that the first has. Where a backbone's config can choose other
-networks (``tinies``, named ``dit:adaln``), these run too, with the methods of ``ON_VARIANTS``. ``DITKIT_MATRIX=1`` runs and captures
-everything everywhere.
+of the two, which has all that the first has. Where a backbone's config can choose other networks (``tinies``, named ``dit:adaln``), these
+run too, with the methods of ``ON_VARIANTS``. ``DITKIT_MATRIX=1`` runs and captures everything everywhere, and all methods that go together.
 """
 
 from __future__ import annotations
