@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 
@@ -45,6 +45,7 @@ class Base:
     hash: str
     seconds: float  # of its training, whenever that was
     reused: bool
+    threads: int = 0  # that its training had; 0: not known
 
 
 class BaseStore:
@@ -63,18 +64,18 @@ class BaseStore:
         folder = self.root / key[:32]
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
-            if (seconds := _finished(folder)) is not None:
-                return Base(folder, key, seconds, reused=True)
+            if (spent := _finished(folder)) is not None:
+                return Base(folder, key, **spent, reused=True)
             start = time.perf_counter()
             if not train(recipe, folder, progress=progress).finished:
                 raise Stopped
-            seconds = time.perf_counter() - start
-            write_json(folder / NOTE, {"hash": key, "seconds": seconds, "recipe": recipe.to_dict()})
-            return Base(folder, key, seconds, reused=False)
+            spent = {"seconds": time.perf_counter() - start, "threads": torch.get_num_threads()}
+            write_json(folder / NOTE, {"hash": key, **spent, "recipe": recipe.to_dict()})
+            return Base(folder, key, **spent, reused=False)
 
 
-def _finished(folder: Path) -> float | None:
-    """Seconds that training took, if the folder holds a whole base. A damaged one is an error, not a reason to train over it."""
+def _finished(folder: Path) -> dict[str, Any] | None:
+    """What training took, if the folder holds a whole base. A damaged one is an error, not a reason to train over it."""
     note = folder / NOTE
     if not note.is_file():
         return None
@@ -82,13 +83,14 @@ def _finished(folder: Path) -> float | None:
         open_bundle(folder)
     except WeightsError as error:
         raise WeightsError(f"the base in {folder} is damaged: {error.what}", hint="remove that folder; it is trained again") from None
-    return float(read_data(note)["seconds"])
+    values = read_data(note)
+    return {"seconds": float(values["seconds"]), "threads": int(values.get("threads", 0))}
 
 
-def bundle_base(name: str) -> Base:
-    """A base that was trained before: a bundle that ditkit ships, or a folder."""
+def bundle_base(name: str, seconds: float = 0.0, threads: int = 0) -> Base:
+    """A base that was trained before: a bundle that ditkit ships, or a folder, and what its training took, if that is known."""
     folder = find_bundle(name)
-    return Base(folder, open_bundle(folder).hash, 0.0, reused=True)
+    return Base(folder, open_bundle(folder).hash, seconds, reused=True, threads=threads)
 
 
 @contextmanager

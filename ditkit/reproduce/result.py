@@ -28,6 +28,7 @@ class Row:
     macs: int
     parameters: int
     trained_seconds: float
+    trained_threads: int
     metrics: dict[str, float]
     methods: str = ""
     sample_macs: float | None = None  # counted, of one picture, methods included; measured with the first seed's base, as all of these

@@ -8,7 +8,6 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,15 @@ from ditkit.eval.roof import machine, other_work
 from ditkit.methods.specs import parse_spec
 from ditkit.pipeline import Pipeline
 
-from .bases import Base, BaseStore, bundle_base
+from .bases import Base, BaseStore
 from .costs import ArmCost, arm_costs, run_checks, tables, with_steps
-from .cuts import origin
 from .figure import draw
 from .measures import Measured, Real, measure
-from .protocol import OF_SAMPLES, Arm, Name, Paired, Protocol, load_protocol, name_of
+from .protocol import OF_SAMPLES, Arm, Name, Paired, Protocol, load_protocol
 from .readings import Captions
 from .result import Reproduction, Row
-from .started import start_folder
 from .statistics import detectable
+from .training import train_bases
 from .verdicts import ClaimResult, Values, judge_paired, judge_trend
 
 log = logging.getLogger("ditkit")
@@ -125,40 +123,6 @@ def check_methods(protocol: Protocol) -> None:
             parse_spec(text).build()
 
 
-def train_bases(protocol: Protocol, store: BaseStore, progress: bool) -> tuple[dict[tuple[str, int], Base], float]:
-    """All bases that are needed, for every seed, and the seconds it took."""
-    start = time.perf_counter()
-    todo = [(name, seed) for seed in protocol.seeds for name in protocol.needed()]
-    found: dict[tuple[str, int], Base] = {}
-    for i, (name, seed) in enumerate(todo):
-        trained_for = protocol.seed_of(name, seed)
-        if trained_for != seed:
-            found[name, seed] = found[name, trained_for]
-            continue
-        log.info("base %d of %d: %s, seed %d", i + 1, len(todo), name, seed)
-        found[name, seed] = _base(protocol, name, seed, found, store, progress)
-    for arm in protocol.arms.values():
-        for seed in protocol.seeds if arm.start and (arm.base, protocol.seeds[0]) in found else ():
-            base = found[arm.base, seed]
-            folder = start_folder(base.folder, store.home(base), arm.start, protocol.starts[arm.start], seed)
-            found[arm.stands_on, seed] = replace(bundle_base(folder), seconds=base.seconds)
-    return found, time.perf_counter() - start
-
-
-def _base(protocol: Protocol, name: str, seed: int, found: Mapping[tuple[str, int], Base], store: BaseStore, progress: bool) -> Base:
-    if bundle := protocol.bundle_of(name):
-        return bundle_base(bundle)
-    folders = {}
-    for text in protocol.builds_on(name):
-        on = found[name_of(text), seed]
-        how = text.partition(":")[2]
-        if how in protocol.starts:
-            folders[text] = start_folder(on.folder, store.home(on), how, protocol.starts[how], seed)
-        else:
-            folders[text] = origin(text, on.folder, store.home(on), protocol.data, seed, protocol.data_config)
-    return store.get(protocol.recipe_of(name, seed, folders), progress)
-
-
 def measure_arms(
     protocol: Protocol, arms: Mapping[str, Arm], bases: Mapping[tuple[str, int], Base], real: Real | Captions, store: Path, progress: bool
 ) -> tuple[dict[str, list[Measured]], float]:
@@ -209,6 +173,7 @@ def rows_of(
                     macs=costs[arm.stands_on, arm.size][0],
                     parameters=costs[arm.stands_on, arm.size][1],
                     trained_seconds=base.seconds,
+                    trained_threads=base.threads,
                     metrics=one.metrics(),
                     methods=arm.methods,
                     **_spent(name, protocol.baseline, spent),
