@@ -1,4 +1,4 @@
-"""What an experiment will cost, computed before it runs: every second follows from the protocol and three numbers.
+"""What an experiment will cost on two cores, computed before it runs: every second follows from the protocol and a few numbers.
 
 An upper bound of the work (methods are counted as if they saved nothing), at the rate of a machine with nothing else to do.
 """
@@ -24,8 +24,11 @@ from .costs import CHECK_REPEATS, CHECK_WARMUPS, REPEATS, WARMUPS, networks
 from .measures import BATCH
 from .protocol import Arm, Protocol, name_of
 from .started import started_part
+from .training import levels, shares
 
-RATE = 1.5 * 45e9  # FLOP a second of two AVX2 cores in networks this small: 45e9 on one of them, and half as much again
+RATE = 1.5 * 45e9  # FLOP a second of two AVX2 cores that sample with networks this small: 45e9 on one of them, and half as much again
+TRAINING = 27e9  # FLOP a second of a thread that trains one, beside another that does
+CORES, SECOND = 2, 1.6  # two trainings of a thread each, side by side; one on both cores is so much faster than on one
 BLOCK = 1e-3  # seconds of Python for a block's forward; three times that with its gradients
 UPDATE = 0.02  # seconds of Python for an update: batch, optimiser, averaging
 CONVERT = 10.0  # seconds until an engine or the compiler has a network as small as an experiment's, for each shape of batch and each seed
@@ -73,10 +76,11 @@ def plan(protocol: Protocol) -> Plan:
     macs, depth = {}, {}
     for name, found in parts.items():
         macs[name], depth[name] = evaluation(*found)
-    training = {}
+    training, at = {}, levels(protocol)
     for name in needed:
         times = 1 if name in protocol.shared else len(protocol.seeds)
-        training[name] = times * _training(protocol, name, macs, depth[name])
+        sooner = CORES if name in at and shares(protocol, CORES)[name] == 1 else SECOND
+        training[name] = times * _training(protocol, name, macs, depth[name]) / sooner
     arms = [protocol.arms[a] for names in needed.values() for a in names]
     sampled = [a for a in arms if a.measure == "samples"]
     macs |= {_sized(a): evaluation(*parts[a.base], a.size)[0] for a in sampled if a.size}
@@ -160,7 +164,7 @@ def _kept(protocol: Protocol, text: str, depth: int) -> int:
 
 
 def _training(protocol: Protocol, base: str, macs: dict[str, int], depth: int) -> float:
-    """Seconds of one seed's training."""
+    """Seconds of one seed's training on a thread."""
     if protocol.bundle_of(base):
         return 0.0
     recipe = protocol.recipe_of(base, protocol.seeds[0])
@@ -170,7 +174,7 @@ def _training(protocol: Protocol, base: str, macs: dict[str, int], depth: int) -
         work += macs[name_of(teacher)] if teacher.startswith("@") else macs[base]
     trainer = recipe.trainer
     drawn = trainer.batch_size * PICTURE * (protocol.data == "scenes")
-    return trainer.steps * (drawn + trainer.batch_size * 2 * work / RATE + forwards(recipe) * depth * BLOCK + UPDATE)
+    return trainer.steps * (drawn + trainer.batch_size * 2 * work / TRAINING + forwards(recipe) * depth * BLOCK + UPDATE)
 
 
 def forwards(recipe: Recipe) -> float:
