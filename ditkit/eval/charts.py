@@ -78,7 +78,8 @@ def chart(series: Sequence[Series], x: Axis, y: Axis, title: str, levels: Sequen
     sx, sy = _Scale(xs, x, LEFT, WIDTH - RIGHT), _Scale(ys, y, HEIGHT - BOTTOM, TOP)
     names = [((sx(a), sy(b)), text) for s in series for (a, b), text in zip(s.points, s.labels)]
     parts = [*_axes(sx, sy, x, y), *(_level(sy(v), name) for v, name in levels), *(u for s in series for u in _series(s, sx, sy))]
-    parts += _names(names)
+    bars = [(sx(a), sy(high), sy(low)) for s in series for (a, _), (low, high) in zip(s.points, s.bars)]
+    parts += _names(names, bars)
     body = "".join(parts)
     return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{body}</svg>'
 
@@ -116,20 +117,22 @@ def _series(s: Series, sx: _Scale, sy: _Scale) -> list[str]:
     return out
 
 
-def _names(names: Sequence[tuple[tuple[float, float], str]]) -> list[str]:
-    """The names of points, each beside its own where no other name stands; one that finds no place above or below is left lower."""
-    taken: list[tuple[float, float, float]] = []  # left, right, baseline
+def _names(names: Sequence[tuple[tuple[float, float], str]], bars: Sequence[tuple[float, float, float]]) -> list[str]:
+    """The names of points, each beside its own where no other name and no bar (x, top, bottom) stands: right or left, above or below."""
+    boxes: list[tuple[float, float, float]] = []  # of names: left, right, baseline
     out = []
+
+    def free(left: float, right: float, v: float) -> bool:
+        named = any(left < r and lo < right and abs(v - u) <= 14 for lo, r, u in boxes)
+        return not named and not any(left < x < right and v + 3 > top and v - 10 < bottom for x, top, bottom in bars)
+
     for (x, y), text in sorted(names):
         length = 7.0 * len(text)
-        anchor, edge = ("end", x - 9) if x + length > WIDTH - RIGHT else ("start", x + 9)
-        left = edge - length if anchor == "end" else edge
-        places = [y - 8 + shift for shift in (0, 25, -15, 40, -30, 55, -45, 70, -60)]
-        inside = [v for v in places if TOP <= v <= HEIGHT - BOTTOM - 4] or places
-        free = [v for v in inside if all(left > r or left + length < lo or abs(v - u) > 14 for lo, r, u in taken)]
-        baseline = (free or inside)[0 if free else -1]
-        taken.append((left, left + length, baseline))
-        out.append(_text(edge, baseline, text, anchor, "name"))
+        places = [(side, y - 8 + shift) for shift in (0, 25, -15, 40, -30, 55, -45, 70, -60) for side in (x + 9, x - 9 - length)]
+        inside = [(left, v) for left, v in places if left >= LEFT and left + length <= WIDTH - RIGHT and TOP <= v <= HEIGHT - BOTTOM - 4]
+        left, v = next((at for at in inside if free(at[0], at[0] + length, at[1])), (inside or places)[-1])
+        boxes.append((left, left + length, v))
+        out.append(_text(left, v, text, "start", "name") if left > x else _text(left + length, v, text, "end", "name"))
     return out
 
 

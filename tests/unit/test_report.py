@@ -376,3 +376,23 @@ def test_the_demo_from_recipe_to_report(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(pytest.fail.Exception):
         demo(recipe, tmp_path / "out", name="tiny", setting=setting, progress=False)
     assert (done.bundle / "model.safetensors").read_bytes() == weights
+
+
+def test_a_name_stands_on_no_bar_and_no_other_name() -> None:
+    points = [(1.0, 5.0), (1.05, 5.0), (1.1, 5.1), (2.0, 4.0)]
+    bars = [(5.0, 5.0), (4.7, 5.4), (4.9, 5.3), (3.9, 4.1)]
+    labels = ["20 steps, compiled", "FORA", "int8, compiled", "fewer steps"]
+    svg = chart([Series("", points, "s1", line=False, bars=bars, labels=labels)], Axis("ms"), Axis("FID"), "t")
+    stands = [
+        (float(x), float(y1), float(y2))
+        for x, y1, y2 in re.findall(r'class="bar s1" x1="([\d.]+)" x2="[\d.]+" y1="([\d.]+)" y2="([\d.]+)"', svg)
+    ]
+    names = re.findall(r'class="name" x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">([^<]+)<', svg)
+    assert [(len(stands), len(names))] == [(4, 4)]
+    boxes = []
+    for x, y, anchor, text in names:
+        left = float(x) - (7 * len(text) if anchor == "end" else 0)
+        boxes.append((left, left + 7 * len(text), float(y) - 10, float(y)))
+    for i, (left, right, top, bottom) in enumerate(boxes):
+        assert not any(left < x < right and low > top and high < bottom for x, low, high in stands)
+        assert not any(left < r and lo < right and top < b and t < bottom for j, (lo, r, t, b) in enumerate(boxes) if i != j)

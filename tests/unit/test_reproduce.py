@@ -15,7 +15,7 @@ from ditkit.reproduce.bases import BaseStore, Stopped, content_hash, meaning
 from ditkit.reproduce.protocol import Paired, Protocol, Trend, load_protocol, merged, protocols
 from ditkit.reproduce.runner import check_power, reproduce
 from ditkit.reproduce.statistics import Bound, bootstrap_bound, detectable, resampled, seed_bound, spearman, spearman_p
-from ditkit.reproduce.training import levels, shares, train_bases
+from ditkit.reproduce.training import train_bases
 from ditkit.reproduce.verdicts import judge_paired, judge_trend, together, trend_verdict, verdict
 from ditkit.testing.training import tiny_recipe
 
