@@ -48,7 +48,7 @@ def train_bases(protocol: Protocol, store: BaseStore, progress: bool) -> tuple[d
         found = _in_turn(protocol, todo, store, progress)
     else:
         found = _side_by_side(protocol, todo, threads, store, progress)
-    found |= {(name, seed): found[name, protocol.seed_of(name, seed)] for name in needed for seed in protocol.seeds}
+    found = {(name, seed): found[name, protocol.seed_of(name, seed)] for seed in protocol.seeds for name in needed}
     for arm in protocol.arms.values():
         for seed in protocol.seeds if arm.start and arm.base in needed else ():
             base = found[arm.base, seed]
@@ -113,12 +113,11 @@ def _side_by_side(protocol: Protocol, todo: list[Key], threads: Mapping[str, int
             bar.set_postfix_str(", ".join(f"{name} {seed}" for name, seed in running.values()))
             for future in wait(running, timeout=POLL, return_when=FIRST_COMPLETED).done:
                 name, seed = running.pop(future)
-                try:
+                failed = future.exception()
+                if not isinstance(failed, WorkerFailed):
                     found[name, seed] = future.result()
-                except WorkerFailed as error:
-                    if stop.is_set():
-                        raise Stopped from None
-                    log.warning("%s, seed %d: %s; once more, in this process", name, seed, error)
+                elif not stop.is_set():
+                    log.warning("%s, seed %d: %s; once more, in this process", name, seed, failed)
                     found[name, seed] = train_base(protocol, name, seed, found, store, progress)
                 bar.update()
             if stop.is_set():
