@@ -196,8 +196,9 @@ def apply_rope(q: Tensor, rope: tuple[Tensor, Tensor] | None, pairing: Pairing =
     cos, sin = (u[:, None] for u in rope)
     x = q.float()
     if pairing == "interleaved":
-        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack((-b, a), -1).flatten(-2)
+        even, odd = sin.unflatten(-1, (-1, 2)).unbind(-1)
+        sin = torch.stack((-even, odd), -1).flatten(-2)  # the sign is the table's, which is smaller
+        turned = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     else:
         parts = x.split(widths, -1) if pairing == "halves by axis" else (x,)
         turned = torch.cat([u for part in parts for u in _turn(part)], -1)

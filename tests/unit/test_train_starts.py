@@ -110,7 +110,7 @@ def test_a_stage_resumes_bit_for_bit(runs: Path, tmp_path: Path) -> None:
         (
             2,
             {"backbone": {"name": "pixart", "config": {"dim": 48}}},
-            r"patch_embed.weight of the base, .* has no place: there is \(48, 48\)",
+            r"patch_embed.weight of the base, .* has no place: there is \(48, 192\)",
         ),
         (2, {"backbone": {"name": "pixart", "config": {"depth": 5}}}, r"blocks\.5\..* has no place: there is nothing"),
         (2, {"backbone": {"name": "pixart", "config": {"kv_ratoi": 2}}}, "unknown key 'kv_ratoi'"),
