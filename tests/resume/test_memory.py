@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from ditkit.testing import processes
 from ditkit.testing.training import peak_in_child, tiny_recipe
 
@@ -13,6 +15,7 @@ def peak(folder: Path, steps: int) -> int:
     return int(Path(f"{folder}.peak").read_text())
 
 
+@pytest.mark.slow
 def test_a27_the_peak_of_a_resume(tmp_path: Path) -> None:
     fresh = peak(tmp_path / "run", steps=1)
     files = {p.stem: p.stat().st_size for p in (tmp_path / "run" / "checkpoints" / "step-1").glob("*.safetensors")}

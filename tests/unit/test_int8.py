@@ -220,6 +220,7 @@ def test_weights_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.compile
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own imports
 @torch.no_grad()
 def test_compiled_is_one_graph_with_independent_rows() -> None:
