@@ -182,6 +182,9 @@ class Workers:
         """In a session of its own, so that Ctrl-C reaches this process alone, which then ends the others in good order."""
         command = [sys.executable, "-P", "-m", "ditkit.reproduce.worker"]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}  # it imports what this process imports
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, start_new_session=True)
+        try:
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, start_new_session=True)
+        except OSError as error:
+            raise WorkerFailed(f"no process could be started ({error})") from None
         self._all.append(process)
         return process
