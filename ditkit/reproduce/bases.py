@@ -53,6 +53,8 @@ class BaseStore:
 
     def __init__(self, root: str | Path | None = None) -> None:
         self.root = Path(root) if root is not None else cache_dir("bases")
+        if self.root.exists() and not self.root.is_dir():
+            raise DitkitError(f"{self.root} is a file", hint="choose a folder for the bases")
 
     def home(self, base: Base) -> Path:
         """The folder of what is made of a base, such as its cuts: a bundle's own folder is left as it is."""

@@ -275,6 +275,16 @@ def test_an_unknown_experiment_is_named_with_the_nearest(capsys: pytest.CaptureF
     assert "did you mean 'sit'" in capsys.readouterr().err
 
 
+def test_results_and_bases_go_into_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY, sort_keys=False))
+    (file := tmp_path / "file").touch()
+    for option in ("--out", "--bases"):
+        folders = {"--out": str(tmp_path / "out"), "--bases": str(tmp_path / "bases"), option: str(file)}
+        arguments = [word for pair in folders.items() for word in pair]
+        assert cli.main(["reproduce", str(tmp_path / "tiny.yaml"), *arguments]) == 2
+        assert f"{file} is a file; next: choose a folder" in capsys.readouterr().err
+
+
 # ---- bases ------------------------------------------------------------------------------------------------------------------
 
 
