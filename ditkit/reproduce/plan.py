@@ -27,7 +27,7 @@ from .started import started_part
 from .training import levels, shares
 
 RATE = 1.5 * 45e9  # FLOP a second of two AVX2 cores that sample with networks this small: 45e9 on one of them, and half as much again
-TRAINING = 27e9  # FLOP a second of a thread that trains one, beside another that does
+TRAINING = 27e9  # FLOP a second of a thread that trains one, beside another that does: 24 to 34e9 were measured
 CORES, SECOND = 2, 1.6  # two trainings of a thread each, side by side; one on both cores is so much faster than on one
 BLOCK = 1e-3  # seconds of Python for a block's forward; three times that with its gradients
 UPDATE = 0.02  # seconds of Python for an update: batch, optimiser, averaging
